@@ -1,0 +1,198 @@
+"""Data in: a folder, a built-in name or a Python iterable becomes four disjoint splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lighten.data import builtin
+from lighten.data.images import SUFFIXES
+from lighten.data.splits import ArrayImages, FileImages, Images, ListImages, Split, stratified
+from lighten.errors import BadData
+from lighten.types import Data, Progress, digest, silent
+
+__all__ = ["Split", "load"]
+
+CALIBRATE, SELECT = 512, 5000
+TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "report")
+
+
+def load(spec: Any, *, seed: int = 0, calibrate: int = CALIBRATE, select: int = SELECT, progress: Progress = silent) -> Data:
+    """`spec` is a folder of class folders (or train/ and val/ of them), a built-in name, or an iterable of
+    (image, label); a `Data` passes unchanged. Raises BadData, naming the folder or item."""
+    if isinstance(spec, Data):
+        return spec
+    if spec == "demo":
+        from lighten.models import demo
+
+        return demo.data()
+    if isinstance(spec, str) and spec in builtin.known():
+        return _load_builtin(spec, seed, calibrate, select, progress)
+    if isinstance(spec, str | Path):
+        return _load_folder(Path(spec), seed, calibrate, select)
+    if isinstance(spec, Iterable) or hasattr(spec, "__getitem__"):
+        return _load_iterable(spec, seed, calibrate, select)
+    raise BadData(f"{type(spec).__name__} is no data.", "Give a folder, a built-in name, or an iterable of (image, label).")
+
+
+def assemble(name: str, classes: tuple[str, ...], classes_zh: tuple[str, ...], pool: Images, report: Images | None,
+             seed: int, calibrate: int, select: int, identity: str, notices: tuple[str, ...] = ()) -> Data:  # fmt: skip
+    """Splits `pool` into train / calibrate / select, and report too where there is no `report` of its own.
+
+    A small pool gives each split a share: at most 15 % calibrate, 15 % select, 20 % report.
+    """
+    n = len(pool.labels)
+    sizes = {"calibrate": min(calibrate, max(1, n * 15 // 100)), "select": min(select, max(1, n * 15 // 100))}
+    if report is None:
+        sizes["report"] = min(10000, max(1, n // 5))
+    rows = stratified(np.asarray(pool.labels), sizes, seed)
+    final = Split(report, np.arange(len(report.labels))) if report is not None else Split(pool, rows["report"])
+    mark = digest([identity, seed, sizes])
+    parts = [Split(pool, rows[k]) for k in ("train", "calibrate", "select")]
+    return Data(name, classes, classes_zh, *parts, final, mark, notices)
+
+
+def _load_builtin(name: str, seed: int, calibrate: int, select: int, progress: Progress) -> Data:
+    spec, arrays = builtin.read(name, progress)
+    pool = ArrayImages(arrays["train"], np.asarray(arrays["train_labels"]))
+    report = ArrayImages(arrays["test"], np.asarray(arrays["test_labels"]))
+    identity = digest([name, spec.sha256])
+    return assemble(name, spec.classes, spec.classes_zh, pool, report, seed, calibrate, select, identity)
+
+
+# --- folders ----------------------------------------------------------------------------------------
+
+
+def _load_folder(root: Path, seed: int, calibrate: int, select: int) -> Data:
+    if not root.is_dir():
+        known = ", ".join([*builtin.known(), "demo"])
+        raise BadData(f"{root} is not a folder.", f"Give a folder of class folders, or a built-in name ({known}).")
+    train = next((root / n for n in TRAIN_NAMES if (root / n).is_dir()), None)
+    test = next((root / n for n in TEST_NAMES if (root / n).is_dir()), None)
+    # Class folders may themselves be called "test": only a pair of them is a layout.
+    pool_root, report_root = (train, test) if train and test else (train or root, None)
+    names = _class_names(pool_root)
+    pool, notices = _scan(pool_root, names)
+    report = None
+    if report_root is not None:
+        extra = sorted(set(_class_names(report_root)) - set(names))
+        if extra:
+            raise BadData(f"{report_root} has classes that {pool_root} lacks: {', '.join(extra[:5])}.", "Give both the same class folders.")
+        report, more = _scan(report_root, names)
+        notices += more
+    titles, titles_zh = _labels(root, names)
+    identity = digest([_listing(pool, root), _listing(report, root) if report else None])
+    return assemble(root.name, titles, titles_zh, pool, report, seed, calibrate, select, identity, notices)
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    names = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    if not names:
+        loose = any(f.suffix.lower() in SUFFIXES for f in root.iterdir())
+        raise BadData(
+            f"{root} holds {'images but no class folders' if loose else 'no class folders'}.",
+            "Put the images of each class into a folder named after the class.",
+        )
+    if len(names) == 1:
+        raise BadData(f"{root} holds only one class, {names[0]!r}.", "A classifier needs at least two class folders.")
+    return names
+
+
+def _scan(root: Path, names: tuple[str, ...]) -> tuple[FileImages, tuple[str, ...]]:
+    paths, labels, empty = [], [], []
+    for k, name in enumerate(names):
+        folder = root / name
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if folder.is_dir() else []
+        paths += found
+        labels += [k] * len(found)
+        if not found:
+            empty.append(name)
+    if not paths:
+        raise BadData(f"{root} holds no images.", f"Known endings: {', '.join(SUFFIXES)}.")
+    notices = (f"{root} has no images of: {', '.join(empty[:10])}",) if empty else ()
+    return FileImages(tuple(paths), np.array(labels, np.int64)), notices
+
+
+def _listing(images: FileImages, root: Path) -> str:
+    rows = [f"{p.relative_to(root)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in images.paths]
+    return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
+
+
+def _labels(root: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Titles from `labels.json` in the folder ({"folder": {"name": ..., "name_zh": ...}}), else the folder names."""
+    file = root / "labels.json"
+    if not file.is_file():
+        return names, names
+    try:
+        table = json.loads(file.read_text("utf-8"))
+        rows = [table.get(n, {}) for n in names]
+        return tuple(str(r.get("name", n)) for n, r in zip(names, rows)), tuple(
+            str(r.get("name_zh", r.get("name", n))) for n, r in zip(names, rows)
+        )
+    except (ValueError, AttributeError) as e:
+        raise BadData(f"{file} cannot be read ({e}).", 'It holds {"folder": {"name": "cat", "name_zh": "猫"}}.') from e
+
+
+# --- iterables --------------------------------------------------------------------------------------
+
+
+def _load_iterable(items: Any, seed: int, calibrate: int, select: int) -> Data:
+    images, labels = [], []
+    for i, item in enumerate(_walk(items)):
+        try:
+            image, label = item
+        except (TypeError, ValueError):
+            raise BadData(f"Item {i} of the data is not a pair (image, label).", "Yield pairs, one image at a time.") from None
+        images.append(_plain_image(image, i))
+        labels.append(_plain_label(label, i))
+    if not images:
+        raise BadData("The data yields nothing.", "Give at least a few hundred pairs (image, label).")
+    y = np.array(labels, np.int64)
+    if len(np.unique(y)) < 2:
+        raise BadData(f"All {len(y)} labels are {y[0]}.", "A classifier needs at least two classes.")
+    names = tuple(getattr(items, "classes", ())) or tuple(str(k) for k in range(int(y.max()) + 1))
+    pool = ListImages(tuple(images), y)
+    mark = hashlib.sha256(y.tobytes())
+    for image in images:
+        mark.update(np.asarray(image).tobytes())
+    names = tuple(str(n) for n in names)
+    return assemble("python data", names, names, pool, None, seed, calibrate, select, mark.hexdigest())
+
+
+def _walk(items: Any) -> Iterable[Any]:
+    """Map-style data sets with a length are walked by index: their `__getitem__` need not raise IndexError."""
+    if hasattr(items, "__len__") and hasattr(items, "__getitem__"):
+        return (items[i] for i in range(len(items)))
+    return iter(items)
+
+
+def _plain_image(image: Any, i: int) -> Image.Image | np.ndarray:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB") if image.mode not in ("L", "RGB") else image.copy()
+    array = np.asarray(image)
+    if array.dtype == np.uint8 and array.ndim in (2, 3):
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        return np.ascontiguousarray(array)
+    if array.dtype.kind == "f" and array.ndim == 3:
+        return np.ascontiguousarray(array, np.float32)
+    raise BadData(
+        f"Item {i}: an image of shape {array.shape} and type {array.dtype} is not understood.",
+        "Give Pillow images, uint8 arrays (H, W, 3), or float tensors (3, H, W) that are ready network inputs.",
+    )
+
+
+def _plain_label(label: Any, i: int) -> int:
+    try:
+        value = int(label)
+    except (TypeError, ValueError):
+        raise BadData(f"Item {i}: the label {label!r} is not a whole number.", "Number the classes from 0.") from None
+    if value < 0:
+        raise BadData(f"Item {i}: the label {value} is negative.", "Number the classes from 0.")
+    return value

@@ -1,0 +1,1 @@
+"""Helpers for plug-ins: the fit loop, running a module over a split."""

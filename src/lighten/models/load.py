@@ -1,0 +1,243 @@
+"""Models in: an architecture by name, weights without unpickling code, every mismatch named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lighten.errors import BadModel, UnknownName, UntrustedCode
+from lighten.plugins import require
+from lighten.types import Preprocess
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "state_dict_ema", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def build(arch: str, *, classes: int | None = None, trust_code: bool = False) -> nn.Module:
+    """The architecture with random weights.
+
+    `arch` is `torchvision:NAME`, `timm:NAME`, `lighten:NAME`, or `FILE.py:CALLABLE` (only with `trust_code`, since it
+    runs the file). Raises UnknownName with the nearest names, or UntrustedCode.
+    """
+    home, _, name = arch.rpartition(":")
+    if home.endswith(".py"):
+        return _from_file(Path(home), name, classes, trust_code)
+    if home not in ("torchvision", "timm", "lighten"):
+        raise BadModel(
+            f"--arch {arch!r} does not say where the architecture comes from.",
+            "Write torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.",
+        )
+    options = {} if classes is None else {"num_classes": classes}
+    if home == "torchvision":
+        models = require("torchvision", "compress", f"build {arch}").models
+        _known("torchvision architecture", name, models.list_models())
+        return models.get_model(name, weights=None, **options)
+    if home == "timm":
+        timm = require("timm", "compress", f"build {arch}")
+        _known("timm architecture", name.split(".")[0], timm.list_models())
+        return timm.create_model(name.split(".")[0], pretrained=False, **options)
+    from lighten.models import builders
+
+    _known("lighten architecture", name, builders())
+    return builders()[name](**options)
+
+
+def read_weights(path: Path, *, inner: str | None = None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of a `.safetensors` or a weights-only `.pth`, and notices of what was unwrapped.
+
+    Never runs code of the file. Raises BadModel for what is missing, empty, truncated, a web page, a Git LFS pointer,
+    a pickle with code, or holds NaN.
+    """
+    _check_file(path)
+    if _looks_like_safetensors(path):
+        raw = _read_safetensors(path)
+    else:
+        raw = _read_torch(path)
+    tensors, notices = _unwrap(raw, path, inner)
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise BadModel(f"{path}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}.", "The training broke; use an earlier checkpoint.")
+    return tensors, notices
+
+
+def load(path: Path, arch: str, *, classes: int | None = None, trust_code: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
+    """Architecture plus weights, in eval mode, on the CPU. The number of classes is read off the weights if not given."""
+    tensors, notices = read_weights(path)
+    if classes is None:
+        classes = _count_classes(arch, tensors, trust_code)
+    model = build(arch, classes=classes, trust_code=trust_code)
+    fill(model, tensors, str(path), arch)
+    return model.eval(), notices
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], where: str, arch: str) -> None:
+    """Copy `tensors` into `model`. Raises BadModel listing each missing, unknown and misshapen key."""
+    want = model.state_dict()
+    optional = {k for k in want if k.endswith("num_batches_tracked")}
+    missing = [k for k in want if k not in tensors and k not in optional]
+    unknown = [k for k in tensors if k not in want]
+    shapes = [
+        f"{k}: file {tuple(tensors[k].shape)}, model {tuple(want[k].shape)}"
+        for k in want
+        if k in tensors and tensors[k].shape != want[k].shape
+    ]
+    if missing or unknown or shapes:
+        rows = [*(f"missing {k}" for k in missing), *(f"unknown {k}" for k in unknown), *shapes]
+        shown = "\n  ".join(rows[:12]) + (f"\n  ... and {len(rows) - 12} more" if len(rows) > 12 else "")
+        raise BadModel(f"{where} does not fit {arch}:\n  {shown}", "Check --arch and --classes against the training code.")
+    model.load_state_dict(tensors, strict=False)
+
+
+def own_preprocess(arch: str, model: nn.Module) -> Preprocess | None:
+    """What timm or torchvision say of the weights of this architecture; None where they say nothing."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("mean") and config.get("input_size"):
+        _, height, width = config["input_size"]
+        resize = max(height, width) if config.get("crop_pct") is None else int(min(height, width) / config["crop_pct"])
+        return Preprocess(height, width, "crop", resize, config.get("interpolation", "bilinear"), "RGB",
+                          tuple(config["mean"]), tuple(config["std"]), "timm's description of the weights")  # fmt: skip
+    home, _, name = arch.rpartition(":")
+    if home != "torchvision":
+        return None
+    models = require("torchvision", "compress", "read its preprocessing").models
+    try:
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+    except (ValueError, AttributeError):
+        return None
+    crop, resize = preset.crop_size[0], preset.resize_size[0]
+    return Preprocess(crop, crop, "crop", max(resize, crop), preset.interpolation.value, "RGB",
+                      tuple(preset.mean), tuple(preset.std), "torchvision's description of its ImageNet weights")  # fmt: skip
+
+
+# --- weights ----------------------------------------------------------------------------------------
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise BadModel(f"{path} does not exist.", "Check the path of the weights.")
+    if path.is_dir():
+        raise BadModel(f"{path} is a folder.", "Give the .safetensors or .pth file in it.")
+    head = path.open("rb").read(512)
+    if not head:
+        raise BadModel(f"{path} is empty.", "Fetch it again.")
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise BadModel(f"{path} is a web page, not weights.", "The download gave an error page; fetch the file itself.")
+    if head.startswith(b"version https://git-lfs"):
+        raise BadModel(f"{path} is a Git LFS pointer, not weights.", "Run: git lfs pull")
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as f:
+        head = f.read(9)
+    return len(head) == 9 and head[8:] == b"{" and not zipfile.is_zipfile(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as e:
+        raise BadModel(f"{path} is damaged or truncated ({e}).", "Fetch or save it again.") from e
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if "weights_only" in str(e).lower() or "GLOBAL" in str(e) or "Unsupported" in str(e):
+            raise BadModel(
+                f"{path} holds more than weights (objects or code), so it was not opened: {_reason(e)}",
+                "Save the weights alone: torch.save(model.state_dict(), 'weights.pth') or as .safetensors.",
+            ) from e
+        raise BadModel(f"{path} is not a weights file, or is damaged ({_reason(e)}).", "Fetch or save it again.") from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise BadModel(f"{path} is damaged or truncated ({_reason(e)}).", "Fetch or save it again.") from e
+
+
+def _reason(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return (named or lines or [type(e).__name__])[0][:200]
+
+
+def _unwrap(raw: Any, path: Path, inner: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    notices = []
+    for _ in range(3):
+        nested = next((k for k in ((inner,) if inner else WRAPPERS) if isinstance(raw, dict) and isinstance(raw.get(k), dict)), None)
+        if nested is None:
+            break
+        raw = raw[nested]
+        notices.append(f"{path.name}: the weights were read from its entry {nested!r}.")
+        inner = None
+    if not isinstance(raw, dict) or not raw or not all(isinstance(v, Tensor) for v in raw.values()):
+        held = f"keys {', '.join(map(str, list(raw)[:8]))}" if isinstance(raw, dict) else type(raw).__name__
+        raise BadModel(f"{path} holds no state_dict ({held}).", "Save model.state_dict().")
+    for prefix in PREFIXES:
+        if all(k.startswith(prefix) for k in raw):
+            raw = {k[len(prefix) :]: v for k, v in raw.items()}
+            notices.append(f"{path.name}: the prefix {prefix!r} was taken off every key.")
+    return dict(raw), tuple(notices)
+
+
+# --- architectures ----------------------------------------------------------------------------------
+
+
+def _known(kind: str, name: str, names: Any) -> None:
+    if name not in names:
+        raise UnknownName(kind, name, names)
+
+
+def _from_file(file: Path, name: str, classes: int | None, trust_code: bool) -> nn.Module:
+    if not trust_code:
+        raise UntrustedCode(f"--arch {file}:{name} would run the file {file}.", "Read it, and if you trust it add --trust-code.")
+    if not file.is_file():
+        raise BadModel(f"{file} does not exist.", "Check the path in --arch.")
+    spec = importlib.util.spec_from_file_location(f"_user_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise BadModel(f"{file} cannot be imported.", "Give a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, name, None)
+        if not callable(make):
+            raise BadModel(f"{file} has no callable named {name!r}.", "Name a function or class that gives an nn.Module.")
+        model = make() if classes is None else _call(make, classes)
+    except BadModel:
+        raise
+    except Exception as e:  # noqa: BLE001 - the user's own code may raise anything
+        raise BadModel(f"{file}:{name} failed: {type(e).__name__}: {e}", "Mend the file, then run it again.") from e
+    if not isinstance(model, nn.Module):
+        raise BadModel(f"{file}:{name} gave a {type(model).__name__}, not an nn.Module.", "Return the model.")
+    return model
+
+
+def _call(make: Any, classes: int) -> Any:
+    import inspect
+
+    takes = inspect.signature(make).parameters
+    return make(num_classes=classes) if "num_classes" in takes else make()
+
+
+def _count_classes(arch: str, tensors: dict[str, Tensor], trust_code: bool) -> int | None:
+    """The rows of the classifier: the last 1-D bias or 2-D weight whose shape alone differs from the default model."""
+    if ".py:" in arch:
+        return None
+    with torch.device("meta"):
+        default = build(arch, trust_code=trust_code).state_dict()
+    differs = [k for k, v in tensors.items() if k in default and v.shape != default[k].shape and v.ndim >= 1]
+    if differs and all(tensors[k].shape[1:] == default[k].shape[1:] for k in differs):
+        rows = {tensors[k].shape[0] for k in differs}
+        return rows.pop() if len(rows) == 1 else None
+    return None

@@ -1,0 +1,45 @@
+"""Finds plug-ins by file name, imports one when it is asked for, and explains a missing backend."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from lighten.errors import MissingBackend, UnknownName
+
+KINDS = ("methods", "formats", "tasks")
+_HOUSE = Path(__file__).parent
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """The plug-ins of one kind, in alphabetical order. Nothing is imported."""
+    return tuple(sorted(f.stem for f in (_HOUSE / kind).glob("*.py") if not f.stem.startswith("_")))
+
+
+def get(kind: str, name: str, *, ready: bool = False) -> ModuleType:
+    """The plug-in module. With `ready`, its backends must be installed.
+
+    Raises UnknownName (with the nearest names) or MissingBackend (with the extra to install).
+    """
+    if name not in names(kind):
+        raise UnknownName(kind.rstrip("s"), name, names(kind))
+    module = importlib.import_module(f"lighten.{kind}.{name}")
+    if ready and (missing := missing_backends(module)):
+        raise MissingBackend(f"{missing[0]} (needed by {name})", getattr(module, "EXTRA", "compress"))
+    return module
+
+
+def missing_backends(module: ModuleType) -> tuple[str, ...]:
+    """Packages in the module's REQUIRES that are not installed; found without importing them."""
+    return tuple(p for p in getattr(module, "REQUIRES", ()) if importlib.util.find_spec(p) is None)
+
+
+def require(package: str, extra: str, why: str) -> ModuleType:
+    """Import an optional package where it is used, or say in one line how to get it."""
+    if importlib.util.find_spec(package.split(".")[0]) is None:
+        raise MissingBackend(f"{package} (needed to {why})", extra)
+    return importlib.import_module(package)

@@ -1,0 +1,87 @@
+"""Image classification: top-1, how sure we are of it, and what changed per class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lighten.types import ClassChange, Estimate
+
+METRIC = "top1"
+REQUIRES = ()
+
+
+def score(outputs: np.ndarray, labels: np.ndarray) -> Estimate:
+    """Top-1 in percent with its binomial standard error. `outputs` (N, classes), `labels` (N,)."""
+    return _share(outputs.argmax(1) == labels)
+
+
+def extra(outputs: np.ndarray, labels: np.ndarray) -> tuple[tuple[str, Estimate], ...]:
+    """Top-5 where there are over 20 classes."""
+    if outputs.shape[1] <= 20:
+        return ()
+    five = np.argpartition(-outputs, 5, axis=1)[:, :5]
+    return (("top5", _share((five == labels[:, None]).any(1))),)
+
+
+def drop(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Estimate:
+    """Points of top-1 lost, and its standard error over the *same* images, which is far smaller than that of two
+    separate scores: only images that changed sides count (McNemar, 1947)."""
+    lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
+    n = len(lost)
+    error = lost.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
+    return Estimate(100 * float(lost.mean()), 100 * float(error), n)
+
+
+def flipped(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Rows whose answer changed."""
+    return np.flatnonzero(before.argmax(1) != after.argmax(1))
+
+
+def per_class(before: np.ndarray, after: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> tuple[ClassChange, ...]:
+    """Accuracy of each class before and after, in percent; classes without images are left out."""
+    rows = []
+    for k, name in enumerate(names):
+        mine = labels == k
+        if mine.any():
+            rows.append(ClassChange(name, 100 * float((before[mine].argmax(1) == k).mean()),
+                                    100 * float((after[mine].argmax(1) == k).mean()), int(mine.sum())))  # fmt: skip
+    return tuple(rows)
+
+
+def decode(outputs: np.ndarray, names: tuple[str, ...], top: int = 5) -> list[tuple[str, float]]:
+    """The `top` names of one image with their softmax probability. `outputs` (classes,)."""
+    z = np.exp(outputs - outputs.max())
+    p = z / z.sum()
+    return [(names[k], float(p[k])) for k in np.argsort(-p)[:top]]
+
+
+def loss(model: Any, x: Any, y: Any, label_smoothing: float = 0.0) -> Any:
+    """Cross-entropy of a batch."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
+
+
+def distill_loss(student: Any, teacher: Any, temperature: float = 4.0) -> Any:
+    """KL from the teacher's softened answers, times T^2 (Hinton et al., 2015, "Distilling the Knowledge in a NN")."""
+    from torch.nn.functional import kl_div, log_softmax
+
+    t = temperature
+    logs = log_softmax(student.float() / t, 1), log_softmax(teacher.float() / t, 1)
+    return kl_div(*logs, reduction="batchmean", log_target=True) * t * t
+
+
+def protect(model: Any) -> tuple[str, ...]:
+    """Names of layers whose outputs are the answer and must keep their width: the last Linear or convolution."""
+    from torch import nn
+
+    ends = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return tuple(ends[-1:])
+
+
+def _share(right: np.ndarray) -> Estimate:
+    n = len(right)
+    p = float(right.mean()) if n else float("nan")
+    return Estimate(100 * p, 100 * float(np.sqrt(p * (1 - p) / n)) if n else float("nan"), n)

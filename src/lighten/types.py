@@ -1,0 +1,480 @@
+"""The nouns of lighten: frozen data, standard library only, importable on any device."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FLOATS = ("float32", "float16")
+
+
+# --- what goes in ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image file becomes the network's input; part of the model, so part of the manifest.
+
+    `mode` "stretch" scales to height x width; "crop" scales the shorter side to `resize` (same aspect) and cuts
+    the centre. Pixels are then divided by 255, `mean` subtracted, divided by `std` (one value per channel, in
+    `channel_order`), and laid out NCHW float32.
+    """
+
+    height: int
+    width: int
+    mode: str = "stretch"
+    resize: int | None = None
+    interpolation: str = "bilinear"
+    channel_order: str = "RGB"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        checks = {
+            "height and width must be 1 to 8192": 0 < self.height <= 8192 and 0 < self.width <= 8192,
+            "mode must be stretch or crop": self.mode in ("stretch", "crop"),
+            "resize is needed in crop mode and must cover the crop": self.mode == "stretch"
+            or (self.resize or 0) >= max(self.height, self.width),
+            "interpolation must be nearest, bilinear, bicubic or lanczos": self.interpolation
+            in ("nearest", "bilinear", "bicubic", "lanczos"),
+            "channel_order must be RGB, BGR or GRAY": self.channel_order in ("RGB", "BGR", "GRAY"),
+            f"mean and std need {self.channels} values": len(self.mean) == len(self.std) == self.channels,
+            "mean and std must be finite and std above 0": all(map(math.isfinite, (*self.mean, *self.std)))
+            and all(s > 0 for s in self.std),
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise ValueError(rule)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.channel_order == "GRAY" else 3
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of one input."""
+        return (self.channels, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Four disjoint splits. `report` is read once, for the winner, so that the search cannot flatter itself.
+
+    The splits are `lighten.data.Split` objects; they are typed loosely here because this file knows no numpy.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    classes_zh: tuple[str, ...]
+    train: Any
+    calibrate: Any
+    select: Any
+    report: Any
+    fingerprint: str
+    notices: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("train", "calibrate", "select", "report")}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A target: the formats it takes, in order of preference, and the integer kernels it has."""
+
+    name: str
+    title: str
+    title_zh: str
+    formats: tuple[str, ...]
+    activations: str = "uint8"
+    symmetric_activations: bool = False
+    reduce_range: bool = False
+    channel_multiple: int = 8
+    threads: int = 4
+    memory_mb: int = 1024
+    features: tuple[str, ...] = ()
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One broken limit of a budget."""
+
+    limit: str
+    wanted: float
+    got: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.limit}: wanted {self.wanted:g}{self.unit}, got {self.got:.4g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the result may cost. `None` is no limit. Drops are percentage points, shrink is percent of bytes saved."""
+
+    max_drop: float | None = None
+    max_size_mb: float | None = None
+    min_shrink: float | None = None
+    max_latency_ms: float | None = None
+    min_speedup: float | None = None
+    max_memory_mb: float | None = None
+    time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not None and (not math.isfinite(value) or value < 0):
+                raise ValueError(f"{f.name} must be a number of 0 or more, not {value}")
+        if self.min_shrink is not None and self.min_shrink >= 100:
+            raise ValueError("min_shrink is percent of bytes saved and must be under 100")
+
+    def misses(self, got: Evidence, base: Evidence, drop: float | None = None) -> tuple[Miss, ...]:
+        """Every limit that `got` breaks, measured against the original's `base`.
+
+        `drop` (points) replaces the select-split drop where a better one was measured.
+        """
+        drop = got.drop.value if drop is None else drop
+        rows = (
+            ("max_drop", self.max_drop, drop, " pt", drop > _or(self.max_drop, math.inf)),
+            ("max_size_mb", self.max_size_mb, got.size.mb, " MB", got.size.mb > _or(self.max_size_mb, math.inf)),
+            ("min_shrink", self.min_shrink, shrink(got, base), " %", shrink(got, base) < _or(self.min_shrink, -math.inf)),
+            ("max_latency_ms", self.max_latency_ms, got.p50(1), " ms", got.p50(1) > _or(self.max_latency_ms, math.inf)),
+            ("min_speedup", self.min_speedup, speedup(got, base), "x", speedup(got, base) < _or(self.min_speedup, -1.0)),
+            ("max_memory_mb", self.max_memory_mb, got.memory_mb, " MB", got.memory_mb > _or(self.max_memory_mb, math.inf)),
+        )
+        return tuple(Miss(name, wanted, value, unit) for name, wanted, value, unit, broken in rows
+                     if wanted is not None and broken)  # fmt: skip
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+# --- what is tried --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of weights and activations; `exceptions` are (layer, weights, activations), so a mix is plain data."""
+
+    weights: str = "float32"
+    activations: str = "float32"
+    exceptions: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        return self.weights not in FLOATS
+
+    @property
+    def title(self) -> str:
+        name = self.weights if self.weights == self.activations else f"{self.weights}/{self.activations}"
+        return f"{name} mixed" if self.exceptions else name
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method by name with its settings, as sorted pairs of plain values."""
+
+    method: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps, precision, format: plain data, hashable, replayable."""
+
+    steps: tuple[Step, ...] = ()
+    precision: Precision = Precision()
+    format: str = "onnx"
+
+    @property
+    def id(self) -> str:
+        """Short name that is the same for the same recipe on every machine."""
+        return digest(to_json(self))[:10]
+
+    @property
+    def title(self) -> str:
+        methods = [s.method.replace("_", " ") for s in self.steps if s.method != "quantize"]
+        return " + ".join([*methods, self.precision.title]) + f" · {self.format}"
+
+    @property
+    def complexity(self) -> int:
+        """How many methods changed the network; a precision alone is no step."""
+        return sum(s.method != "quantize" for s in self.steps)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file (or a file with companions) that a runtime loads. `path` is relative to the run folder."""
+
+    path: str
+    format: str
+    sha256: str
+    companions: tuple[str, ...] = ()
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error, over `n` images."""
+
+    value: float
+    error: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Raw times of single-image runs at one thread count, warm-up excluded."""
+
+    threads: int
+    samples_ms: tuple[float, ...]
+
+    @property
+    def p50(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    @property
+    def p95(self) -> float:
+        ordered = sorted(self.samples_ms)
+        return ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One stored tensor: its true dtype in the file and how many of its values are zero."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    zeros: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes on disk, what gzip makes of them, and each tensor that is really stored."""
+
+    bytes: int
+    gzip_bytes: int
+    weights: tuple[Weight, ...] = ()
+
+    @property
+    def mb(self) -> float:
+        return self.bytes / 1e6
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two models answer the same images: same top-1 in percent, and differences of the raw outputs."""
+
+    n: int
+    same_top1: float
+    mean_abs: float
+    max_abs: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """One class: accuracy in percent before and after, over `n` images."""
+
+    name: str
+    before: float
+    after: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was measured on one artifact, in its own runtime, on the `select` images."""
+
+    metric_name: str
+    metric: Estimate
+    drop: Estimate
+    extra: tuple[tuple[str, Estimate], ...]
+    flipped: int
+    classes: tuple[ClassChange, ...]
+    latency: tuple[Latency, ...]
+    throughput: float
+    memory_mb: float
+    size: Size
+    fidelity: Agreement
+    drift: Agreement
+    runtime: str
+
+    def p50(self, threads: int = 1) -> float:
+        """Median latency in ms at `threads`, or at the nearest count that was measured."""
+        return min(self.latency, key=lambda row: abs(row.threads - threads)).p50
+
+
+def shrink(got: Evidence, base: Evidence) -> float:
+    """Percent of the original's bytes that are gone."""
+    return 100.0 * (1.0 - got.size.bytes / base.size.bytes)
+
+
+def speedup(got: Evidence, base: Evidence) -> float:
+    """Original's median latency over this one's, one thread each."""
+    return base.p50(1) / got.p50(1)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial has no evidence."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe and what came of it: evidence, or a failure that is kept just as well."""
+
+    recipe: Recipe
+    artifact: Artifact | None = None
+    evidence: Evidence | None = None
+    failure: Failure | None = None
+    build_s: float = 0.0
+    layers: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.recipe.id
+
+
+@dataclass(frozen=True)
+class Final:
+    """The winner and the original on the `report` images, read once."""
+
+    baseline: Estimate
+    winner: Estimate
+    drop: Estimate
+    flipped: int
+    classes: tuple[ClassChange, ...]
+    extra: tuple[tuple[str, Estimate], ...] = ()
+
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` returns and writes as result.json (docs/result-schema.md)."""
+
+    verdict: str
+    misses: tuple[Miss, ...]
+    advice: tuple[str, ...]
+    budget: Budget
+    device: Device
+    task: str
+    model: str
+    data: str
+    classes: tuple[str, ...]
+    classes_zh: tuple[str, ...]
+    preprocess: Preprocess | None
+    baseline: Trial
+    trials: tuple[Trial, ...]
+    winner: str
+    final: Final
+    environment: dict[str, str]
+    command: str
+    images: dict[str, int]
+    flips: tuple[dict[str, Any], ...] = ()
+    schema_version: int = SCHEMA_VERSION
+    path: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "PASS"
+
+    @property
+    def winning(self) -> Trial:
+        return next(t for t in (*self.trials, self.baseline) if t.id == self.winner)
+
+
+# --- how a job is handed to a method ----------------------------------------------------------------
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total); a terminal bar, a log line or nothing."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress callback of those who want none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method may use beside the model it owns: data, task, target, and the untouched original (the teacher)."""
+
+    data: Data
+    task: str
+    device: Device
+    preprocess: Preprocess | None
+    original: Any = None
+    precision: Precision = Precision()
+    seed: int = 0
+    progress: Progress = field(default=silent, compare=False)
+
+
+# --- plain data and back --------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Any:
+    """Nested dataclasses as plain dicts, lists and scalars. NaN and infinity become None: JSON has neither."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "progress"}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """The inverse of `to_json` for the type `kind`. Raises KeyError/TypeError/ValueError on data of another shape."""
+    return typing.cast(T, _decode(kind, value))
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode(next(a for a in args if a is not type(None)), value)
+    if origin is tuple:
+        if len(args) == 2 and args[1] is ...:
+            return tuple(_decode(args[0], v) for v in value)
+        return tuple(_decode(a, v) for a, v in zip(args, value, strict=True))
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return hint(**{k: _decode(hints[k], v) for k, v in value.items() if k in hints})  # type: ignore[operator]
+    if hint is float:
+        return math.nan if value is None else float(value)
+    if hint is Any and isinstance(value, list):
+        return tuple(_decode(Any, v) for v in value)
+    return value
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain data in one canonical form."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
