@@ -1,0 +1,98 @@
+"""ONNX, run by ONNX Runtime: the file every other tool reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import BadBundle
+from lighten.types import Device, Precision, Weight
+
+REQUIRES = ("onnx", "onnxscript")
+RUNS_ON = ("onnxruntime",)
+EXTRA = "onnx"
+SUFFIX = ".onnx"
+DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
+          16: "bfloat16", 21: "uint4", 22: "int4"}  # fmt: skip
+
+
+def refuses(precision: Precision, device: Device) -> str | None:
+    """Why this format cannot give `precision` for `device`, or None."""
+    if precision.weights not in ("float32", "float16", "int8"):
+        return f"{precision.weights} weights are not written to ONNX yet"
+    return None
+
+
+def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
+    """Write `module` (float, or converted by the plan) to `path`; returns companion files (none)."""
+    import onnx
+
+    from lighten.kit.onnx_graph import lower, to_onnx
+
+    model = to_onnx(module, shape)
+    if precision.quantized:
+        model = lower(model, unsigned=device.activations == "uint8")
+    elif precision.weights == "float16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.onnx_model import OnnxModel
+
+        model = convert_float_to_float16(model, keep_io_types=True)
+        OnnxModel.graph_topological_sort(model.graph)  # the converter appends its casts at the end
+    strip(model)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+    return ()
+
+
+def strip(model: Any) -> None:
+    """Take out what only the exporter needs: stack traces, value infos and doc strings, a tenth of a small file."""
+    model.graph.doc_string = model.doc_string = ""
+    del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+
+
+def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from inputs (N, C, H, W) to outputs, on `threads` CPU threads. Raises BadBundle on a damaged file."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning threads halve the speed of everything where cores are shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # noqa: BLE001 - onnxruntime has its own, undocumented hierarchy
+        raise BadBundle(f"{path} cannot be loaded by ONNX Runtime: {str(e)[:300]}", "Fetch or build the file again.") from e
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
+
+
+def runtime() -> str:
+    """The runtime and its version."""
+    import onnxruntime as ort
+
+    return f"ONNX Runtime {ort.__version__}"
+
+
+def weights(path: Path) -> tuple[Weight, ...]:
+    """Every stored tensor with its true type. Needs the `onnx` package."""
+    import onnx
+    from onnx import numpy_helper
+
+    rows = []
+    for init in onnx.load(str(path), load_external_data=False).graph.initializer:
+        array = numpy_helper.to_array(init)
+        stored = len(init.raw_data) or array.nbytes
+        zeros = float(np.mean(array == 0)) if array.size else 0.0
+        rows.append(Weight(init.name, DTYPES.get(init.data_type, str(init.data_type)), tuple(array.shape), stored, zeros))
+    return tuple(rows)

@@ -1,0 +1,68 @@
+"""What sits on a tensor while the calibration images pass, and answers with its scale and zero point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.quantization.pt2e.observer import ObserverBase
+
+from lighten.quant.ranges import METHODS, Grid, Histogram, Range, choose, weight_scales
+
+
+class ActivationObserver(ObserverBase):
+    """Histogram of one activation tensor; the range is chosen when it is asked for."""
+
+    def __init__(self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int,
+                 methods: tuple[str, ...] = METHODS, is_dynamic: bool = False) -> None:  # fmt: skip
+        super().__init__(dtype, is_dynamic)
+        self.qscheme, self.quant_min, self.quant_max, self.methods = qscheme, quant_min, quant_max, methods
+        self.histogram = Histogram()
+        self._chosen: Range | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.quant_min, self.quant_max, self.qscheme == torch.per_tensor_symmetric)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.histogram.add(x)
+        self._chosen = None
+        return x
+
+    def chosen(self) -> Range:
+        """The range with the smallest error so far."""
+        if self._chosen is None:
+            self._chosen = choose(self.histogram, self.grid, self.methods)
+        return self._chosen
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        got = self.chosen()
+        return self.grid.qparams(torch.tensor([got.lo]), torch.tensor([got.hi]))
+
+
+class PerChannelWeightObserver(ObserverBase):
+    """Keeps the weight it sees; one scale per output channel. (torchao hands `ch_axis` to classes of this name.)"""
+
+    def __init__(self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int, ch_axis: int,
+                 methods: tuple[str, ...] = METHODS, is_dynamic: bool = False) -> None:  # fmt: skip
+        super().__init__(dtype, is_dynamic)
+        self.qscheme, self.quant_min, self.quant_max, self.ch_axis, self.methods = qscheme, quant_min, quant_max, ch_axis, methods
+        self.weight: Tensor | None = None
+        self._qparams: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.quant_min, self.quant_max, symmetric=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not x:
+            self.weight, self._qparams = x, None
+        return x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        if self.weight is None:
+            raise ValueError("saw no weight")
+        if self._qparams is None:
+            self._qparams = weight_scales(self.weight, self.ch_axis, self.grid, self.methods)
+        return self._qparams

@@ -1,0 +1,123 @@
+"""One quantization plan: ranges and bits decided on calibration images, written into the graph as Q/DQ."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from lighten.errors import BadData, BadModel
+from lighten.kit.trace import trace
+from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver
+from lighten.quant.quantizer import PolicyQuantizer
+from lighten.quant.ranges import METHODS, signal_to_noise
+from lighten.types import Device, Precision
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The converted graph (integer weights, Q/DQ around each operator) and what was decided for each layer."""
+
+    module: GraphModule
+    layers: tuple[dict[str, Any], ...]
+
+
+def quantize(model: nn.Module, shape: tuple[int, ...], batches: Iterable[Tensor], precision: Precision, device: Device,
+             methods: tuple[str, ...] = METHODS, step: Callable[[int], None] = lambda done: None) -> Quantized:  # fmt: skip
+    """Fold batch norms, watch the calibration `batches` pass, choose every range, convert.
+
+    `shape` is (C, H, W); `model` is not changed. `step` is told how many images have passed. Raises BadData on NaN
+    or no images, BadModel where the graph cannot be captured or holds nothing to quantize.
+    """
+    quantizer = PolicyQuantizer(precision, device, methods)
+    with _quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        prepared = prepare_pt2e(trace(model, shape).module(), quantizer)
+    if not any(isinstance(m, PerChannelWeightObserver) for m in prepared.modules()):
+        raise BadModel("The model holds no layer that can be quantized (convolution or linear).", "Choose a float precision.")
+    _calibrate(prepared, batches, step)
+    layers = tuple(_describe(prepared, quantizer))
+    with _quiet():
+        return Quantized(convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers)
+
+
+def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[[int], None]) -> None:
+    done = 0
+    with torch.no_grad():
+        for x in batches:
+            if not torch.isfinite(x).all():
+                raise BadData(f"The calibration images hold NaN or infinity (images {done} to {done + len(x) - 1}).", "Check the preprocessing.")
+            try:
+                prepared(x)
+            except ValueError as e:
+                raise BadModel(f"An activation {e} on the calibration images.", "Check the weights.") from e
+            done += len(x)
+            step(done)
+    if not done:
+        raise BadData("There are no calibration images.", "Give at least a few dozen.")
+
+
+def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dict[str, Any]]:
+    """One row a layer: shape, bits, the input's range and how it was chosen, signal over noise of weight and input."""
+    for node in prepared.graph.nodes:
+        if not (name := _layer_of(node, quantizer)):
+            continue
+        weight = _module(prepared, node.args[1])
+        source = _module(prepared, node.args[0])
+        row: dict[str, Any] = {"layer": name, "op": str(node.target).split(".")[1]}
+        if isinstance(weight, PerChannelWeightObserver) and weight.weight is not None:
+            row |= _weight_row(weight)
+        else:
+            row |= {"weights": "float32", "reason": quantizer.left_float.get(name, "not quantized")}
+        if isinstance(source, ActivationObserver):
+            row |= _activation_row(source)
+        yield row
+
+
+def _weight_row(observer: PerChannelWeightObserver) -> dict[str, Any]:
+    weight = observer.weight
+    assert weight is not None
+    scale, zero = observer.calculate_qparams()
+    view = [-1 if d == observer.ch_axis else 1 for d in range(weight.ndim)]
+    rounded = observer.grid.fake(weight, scale.view(view), zero.view(view))
+    bits = math.ceil(math.log2(observer.quant_max - observer.quant_min + 1))
+    return {"weights": f"int{bits}", "shape": tuple(weight.shape), "weight_sqnr_db": round(signal_to_noise(weight, rounded), 2)}
+
+
+def _activation_row(observer: ActivationObserver) -> dict[str, Any]:
+    chosen = observer.chosen()
+    scale, zero = observer.calculate_qparams()
+    noise = max(chosen.error, 1e-30)
+    return {
+        "input_range": (round(chosen.lo, 5), round(chosen.hi, 5)),
+        "input_seen": (round(observer.histogram.smallest, 5), round(observer.histogram.largest, 5)),
+        "range_method": chosen.method,
+        "input_scale": float(scale),
+        "input_zero_point": int(zero),
+        "input_sqnr_db": round(10 * math.log10(max(observer.histogram.power, 1e-30) / noise), 2),
+    }
+
+
+def _layer_of(node: Any, quantizer: PolicyQuantizer) -> str | None:
+    return {n.name: name for n, name in quantizer.layers.items()}.get(node.name)
+
+
+def _module(graph: GraphModule, node: Any) -> Any:
+    return graph.get_submodule(node.target) if getattr(node, "op", None) == "call_module" else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """torchao and torch.export warn about their own internals; nothing of it is for the user."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

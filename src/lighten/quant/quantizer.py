@@ -1,0 +1,147 @@
+"""Marks each node of an exported graph with what is to be quantized there, by the policy and the precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer, SharedQuantizationSpec
+
+from lighten.quant import policy
+from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver
+from lighten.quant.ranges import METHODS
+from lighten.types import Device, Precision
+
+KEY = "quantization_annotation"
+BITS = {"int8": 8, "int4": 4}
+
+
+class PolicyQuantizer(Quantizer):
+    """Weights per channel symmetric, activations per tensor; `left_float` names layers kept out, with the reason."""
+
+    def __init__(self, precision: Precision, device: Device, methods: tuple[str, ...] = METHODS) -> None:
+        self.precision, self.device, self.methods = precision, device, methods
+        self.exceptions = {name: (w, a) for name, w, a in precision.exceptions}
+        self.left_float: dict[str, str] = {}
+        self.layers: dict[Node, str] = {}
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        for node in model.graph.nodes:
+            if node.op == "call_function" and KEY not in node.meta and _is_float(node):
+                self._annotate(node)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to refuse: what cannot be quantized stays float and is named."""
+
+    def _annotate(self, node: Node) -> None:
+        kind = policy.packet(node)
+        if kind in policy.COMPUTE:
+            self._compute(node, policy.COMPUTE[kind])
+        elif kind in (*policy.ELEMENTWISE, *policy.AVERAGE, *policy.CURVED) and not _has_constant(node):
+            self._many(node)
+        elif kind in (*policy.PASSING, *policy.NOTHING):
+            self._passing(node)
+
+    def _compute(self, node: Node, axis: int) -> None:
+        x, weight = node.args[0], node.args[1]
+        name = layer_name(node)
+        self.layers[node] = name
+        weights, activations = self.exceptions.get(name, (self.precision.weights, self.precision.activations))
+        if weights not in BITS:
+            self.left_float[name] = "the precision keeps it in float"
+            return
+        if not isinstance(weight, Node) or weight.op != "get_attr":
+            self.left_float[name] = "its weight is computed, not stored"
+            return
+        if policy.packet(node) is policy.aten.conv_transpose2d and len(node.args) > 6 and node.args[6] != 1:
+            self.left_float[name] = "grouped transposed convolution"
+            return
+        inputs: dict[Node, Any] = {weight: self._weight(BITS[weights], axis)}
+        if isinstance(x, Node) and activations in BITS:
+            inputs[x] = self._activation(BITS[activations])
+        last = _fused_after(node)
+        annotate(node, inputs, None if last is not node or _is_answer(node) else self._activation(8))
+        if last is not node:
+            annotate(last, {}, self._activation(8))
+
+    def _many(self, node: Node) -> None:
+        inputs = [a for a in _tensor_inputs(node) if _is_float(a)]
+        if not inputs:
+            return
+        last = _fused_after(node) if policy.packet(node) in policy.ELEMENTWISE else node
+        output = None if _is_answer(last) else self._activation(8)
+        annotate(node, {a: self._activation(8) for a in inputs}, output if last is node else None)
+        if last is not node:
+            annotate(last, {}, output)
+
+    def _passing(self, node: Node) -> None:
+        x = node.args[0]
+        # Only values that are quantized already are passed on; a Q/DQ pair around a float tensor would be pure loss.
+        if isinstance(x, Node) and _gives_quantized(x) and not _is_answer(node):
+            shared = SharedQuantizationSpec((x, node))
+            annotate(node, {x: self._activation(8)}, shared)
+
+    def _activation(self, bits: int) -> QuantizationSpec:
+        return QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=-(2 ** (bits - 1)),
+            quant_max=2 ** (bits - 1) - 1,
+            qscheme=torch.per_tensor_symmetric if self.device.symmetric_activations else torch.per_tensor_affine,
+            observer_or_fake_quant_ctr=ActivationObserver.with_args(methods=self.methods),
+        )
+
+    def _weight(self, bits: int, axis: int) -> QuantizationSpec:
+        # Without VNNI, x86 adds two u8*s8 products in 16 bits; 7-bit weights keep that sum from saturating.
+        reach = 63 if self.device.reduce_range and bits == 8 else 2 ** (bits - 1) - 1
+        return QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=-reach,
+            quant_max=reach,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=axis,
+            observer_or_fake_quant_ctr=PerChannelWeightObserver.with_args(methods=self.methods),
+        )
+
+
+def annotate(node: Node, inputs: dict[Node, Any], output: Any) -> None:
+    """Write torchao's annotation on a node."""
+    node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
+
+
+def layer_name(node: Node) -> str:
+    """The module the node came from ("layer1.0.conv1"), or the node's own name in a flat graph."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [str(v[0]) for v in stack.values()]
+    return path[-1] if path and path[-1] else node.name
+
+
+def _fused_after(node: Node) -> Node:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and policy.packet(users[0]) in policy.FUSED else node
+
+
+def _is_answer(node: Node) -> bool:
+    """Whether the value leaves the network: those stay float, so that answers are not rounded."""
+    return any(user.op == "output" for user in node.users)
+
+
+def _gives_quantized(node: Node) -> bool:
+    note = node.meta.get(KEY)
+    return note is not None and note.output_qspec is not None
+
+
+def _tensor_inputs(node: Node) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.node.map_arg(node.args, found.append)
+    return list(dict.fromkeys(found))
+
+
+def _has_constant(node: Node) -> bool:
+    return any(a.op == "get_attr" for a in _tensor_inputs(node))
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 1
