@@ -23,12 +23,18 @@ class _Strict(yaml.SafeLoader):
             raise BadConfig(f"line {mark.line + 1}: aliases (*name) are not allowed.")
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as e:  # such as the date 2001-99-99
+            raise BadConfig(f"line {node.start_mark.line + 1}: {node.value!r} cannot be read ({e}).") from e
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
             line = key.start_mark.line + 1
-            if isinstance(name, list | dict):
+            if isinstance(name, list | dict | set):
                 raise BadConfig(f"line {line}: a key must be a plain word.")
             if name in seen:
                 raise BadConfig(f"line {line}: key {name!r} stands twice (first in line {seen[name]}).")
@@ -49,7 +55,7 @@ def read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
         node = yaml.compose(text, yaml.SafeLoader)
     except BadConfig as e:
         raise BadConfig(f"{path}, {e.what}", e.to_do) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
+    except (yaml.YAMLError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise BadConfig(f"{where}: {getattr(e, 'problem', None) or e}.") from e
@@ -61,7 +67,9 @@ def read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def check_keys(values: dict[str, Any], known: Iterable[str], where: str, lines: dict[Any, int] | None = None) -> None:
+def check_keys(
+    values: dict[str, Any], known: Iterable[str], where: str, lines: dict[Any, int] | None = None
+) -> None:
     """Raises BadConfig for the first unknown key, with its line where that is known."""
     known = list(known)
     for key in values:

@@ -20,22 +20,23 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(f.stem for f in (_HOUSE / kind).glob("*.py") if not f.stem.startswith("_")))
 
 
-def get(kind: str, name: str, *, ready: bool = False) -> ModuleType:
-    """The plug-in module. With `ready`, its backends must be installed.
+def get(kind: str, name: str, *, needs: str | None = None) -> ModuleType:
+    """The plug-in module. `needs` names its list of packages that must be installed: "REQUIRES" to build with it,
+    "RUNS_ON" to run its files.
 
     Raises UnknownName (with the nearest names) or MissingBackend (with the extra to install).
     """
     if name not in names(kind):
         raise UnknownName(kind.rstrip("s"), name, names(kind))
     module = importlib.import_module(f"lighten.{kind}.{name}")
-    if ready and (missing := missing_backends(module)):
+    if needs and (missing := missing_backends(module, needs)):
         raise MissingBackend(f"{missing[0]} (needed by {name})", getattr(module, "EXTRA", "compress"))
     return module
 
 
-def missing_backends(module: ModuleType) -> tuple[str, ...]:
-    """Packages in the module's REQUIRES that are not installed; found without importing them."""
-    return tuple(p for p in getattr(module, "REQUIRES", ()) if importlib.util.find_spec(p) is None)
+def missing_backends(module: ModuleType, needs: str = "REQUIRES") -> tuple[str, ...]:
+    """Packages in the module's list `needs` that are not installed; found without importing them."""
+    return tuple(p for p in getattr(module, needs, ()) if importlib.util.find_spec(p) is None)
 
 
 def require(package: str, extra: str, why: str) -> ModuleType:

@@ -97,6 +97,7 @@ class Device:
     title: str
     title_zh: str
     formats: tuple[str, ...]
+    arch: str = ""
     activations: str = "uint8"
     symmetric_activations: bool = False
     reduce_range: bool = False
@@ -105,6 +106,14 @@ class Device:
     memory_mb: int = 1024
     features: tuple[str, ...] = ()
     notes: str = ""
+
+    @property
+    def kernels(self) -> str:
+        """What its integer kernels want, in a few words."""
+        words = [f"{self.activations} activations"]
+        words += ["symmetric"] if self.symmetric_activations else []
+        words += ["7-bit weights"] if self.reduce_range else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -148,11 +157,41 @@ class Budget:
         drop = got.drop.value if drop is None else drop
         rows = (
             ("max_drop", self.max_drop, drop, " pt", drop > _or(self.max_drop, math.inf)),
-            ("max_size_mb", self.max_size_mb, got.size.mb, " MB", got.size.mb > _or(self.max_size_mb, math.inf)),
-            ("min_shrink", self.min_shrink, shrink(got, base), " %", shrink(got, base) < _or(self.min_shrink, -math.inf)),
-            ("max_latency_ms", self.max_latency_ms, got.p50(1), " ms", got.p50(1) > _or(self.max_latency_ms, math.inf)),
-            ("min_speedup", self.min_speedup, speedup(got, base), "x", speedup(got, base) < _or(self.min_speedup, -1.0)),
-            ("max_memory_mb", self.max_memory_mb, got.memory_mb, " MB", got.memory_mb > _or(self.max_memory_mb, math.inf)),
+            (
+                "max_size_mb",
+                self.max_size_mb,
+                got.size.mb,
+                " MB",
+                got.size.mb > _or(self.max_size_mb, math.inf),
+            ),
+            (
+                "min_shrink",
+                self.min_shrink,
+                shrink(got, base),
+                " %",
+                shrink(got, base) < _or(self.min_shrink, -math.inf),
+            ),
+            (
+                "max_latency_ms",
+                self.max_latency_ms,
+                got.p50(1),
+                " ms",
+                got.p50(1) > _or(self.max_latency_ms, math.inf),
+            ),
+            (
+                "min_speedup",
+                self.min_speedup,
+                speedup(got, base),
+                "x",
+                speedup(got, base) < _or(self.min_speedup, -1.0),
+            ),
+            (
+                "max_memory_mb",
+                self.max_memory_mb,
+                got.memory_mb,
+                " MB",
+                got.memory_mb > _or(self.max_memory_mb, math.inf),
+            ),
         )
         return tuple(Miss(name, wanted, value, unit) for name, wanted, value, unit, broken in rows
                      if wanted is not None and broken)  # fmt: skip
@@ -371,6 +410,14 @@ class Final:
     extra: tuple[tuple[str, Estimate], ...] = ()
 
 
+@dataclass(frozen=True)
+class Advice:
+    """One sentence that a measurement supports, in both languages."""
+
+    en: str
+    zh: str
+
+
 SCHEMA_VERSION = 1
 
 
@@ -380,7 +427,7 @@ class Result:
 
     verdict: str
     misses: tuple[Miss, ...]
-    advice: tuple[str, ...]
+    advice: tuple[Advice, ...]
     budget: Budget
     device: Device
     task: str
@@ -439,7 +486,9 @@ class Job:
 def to_json(value: Any) -> Any:
     """Nested dataclasses as plain dicts, lists and scalars. NaN and infinity become None: JSON has neither."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "progress"}
+        return {
+            f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "progress"
+        }
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

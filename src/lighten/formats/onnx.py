@@ -26,7 +26,9 @@ def refuses(precision: Precision, device: Device) -> str | None:
     return None
 
 
-def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
+def export(
+    module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device
+) -> tuple[Path, ...]:
     """Write `module` (float, or converted by the plan) to `path`; returns companion files (none)."""
     import onnx
 
@@ -71,8 +73,10 @@ def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # noqa: BLE001 - onnxruntime has its own, undocumented hierarchy
-        raise BadBundle(f"{path} cannot be loaded by ONNX Runtime: {str(e)[:300]}", "Fetch or build the file again.") from e
+    except Exception as e:
+        raise BadBundle(
+            f"{path} cannot be loaded by ONNX Runtime: {str(e)[:300]}", "Fetch or build the file again."
+        ) from e
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]
 
@@ -94,5 +98,9 @@ def weights(path: Path) -> tuple[Weight, ...]:
         array = numpy_helper.to_array(init)
         stored = len(init.raw_data) or array.nbytes
         zeros = float(np.mean(array == 0)) if array.size else 0.0
-        rows.append(Weight(init.name, DTYPES.get(init.data_type, str(init.data_type)), tuple(array.shape), stored, zeros))
+        rows.append(
+            Weight(
+                init.name, DTYPES.get(init.data_type, str(init.data_type)), tuple(array.shape), stored, zeros
+            )
+        )
     return tuple(rows)

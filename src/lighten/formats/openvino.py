@@ -16,7 +16,15 @@ REQUIRES = ("openvino", "onnx", "onnxscript")
 RUNS_ON = ("openvino",)
 EXTRA = "openvino"
 SUFFIX = ".xml"
-DTYPES = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "uint8", "i32": "int32", "i64": "int64", "boolean": "bool"}
+DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "i8": "int8",
+    "u8": "uint8",
+    "i32": "int32",
+    "i64": "int64",
+    "boolean": "bool",
+}
 
 
 def refuses(precision: Precision, device: Device) -> str | None:
@@ -26,7 +34,9 @@ def refuses(precision: Precision, device: Device) -> str | None:
     return None
 
 
-def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
+def export(
+    module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device
+) -> tuple[Path, ...]:
     """Write `module` to `path` by way of the same ONNX graph; returns the weights file beside it."""
     import onnx
     import openvino as ov
@@ -54,7 +64,9 @@ def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     try:
         compiled = ov.Core().compile_model(str(path), "CPU", settings)
     except RuntimeError as e:
-        raise BadBundle(f"{path} cannot be loaded by OpenVINO: {str(e)[:300]}", "Fetch or build both files again.") from e
+        raise BadBundle(
+            f"{path} cannot be loaded by OpenVINO: {str(e)[:300]}", "Fetch or build both files again."
+        ) from e
     request = compiled.create_infer_request()
     out = compiled.output(0)
     return lambda x: np.array(request.infer({0: x}, share_inputs=True)[out])
@@ -78,5 +90,7 @@ def weights(path: Path) -> tuple[Weight, ...]:
         array = op.get_data()
         kind = op.get_element_type().get_type_name()
         zeros = float(np.mean(array == 0)) if array.size else 0.0
-        rows.append(Weight(op.get_friendly_name(), DTYPES.get(kind, kind), tuple(array.shape), array.nbytes, zeros))
+        rows.append(
+            Weight(op.get_friendly_name(), DTYPES.get(kind, kind), tuple(array.shape), array.nbytes, zeros)
+        )
     return tuple(rows)

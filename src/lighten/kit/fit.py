@@ -86,7 +86,9 @@ def fit(model: nn.Module, settings: FitSettings, loss: Loss, job: Job, *, checkp
     for epoch in range(run.epoch, settings.epochs):
         mean_loss = _epoch(run, epoch, loss, job)
         if not math.isfinite(mean_loss):
-            raise BadConfig(f"The loss is {mean_loss} in epoch {epoch + 1}.", "Lower the learning rate (fit: lr).")
+            raise BadConfig(
+                f"The loss is {mean_loss} in epoch {epoch + 1}.", "Lower the learning rate (fit: lr)."
+            )
         run.save(epoch + 1)
         if after_epoch and run.rank == 0:
             after_epoch(epoch + 1, run.average.eval(), mean_loss)
@@ -129,7 +131,21 @@ class _Run:
         average = copy.deepcopy(model).requires_grad_(False)
         pixels = _in_memory(job, device)
         labels = torch.from_numpy(split.labels).to(device)
-        run = cls(settings, device, rank, world, model, average, optimizer, schedule, pixels, labels, 0, steps, checkpoint)
+        run = cls(
+            settings,
+            device,
+            rank,
+            world,
+            model,
+            average,
+            optimizer,
+            schedule,
+            pixels,
+            labels,
+            0,
+            steps,
+            checkpoint,
+        )
         run._resume()
         return run
 
@@ -151,7 +167,10 @@ class _Run:
             return
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         if state["mark"] != self.mark:
-            raise BadConfig(f"{self.checkpoint} belongs to a training with other settings.", "Choose another out folder, or remove it.")
+            raise BadConfig(
+                f"{self.checkpoint} belongs to a training with other settings.",
+                "Choose another out folder, or remove it.",
+            )
         for name in ("model", "average", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.epoch = state["epoch"]
@@ -176,7 +195,11 @@ def _epoch(run: _Run, epoch: int, loss: Loss, job: Job) -> float:
         total += value.detach()
         if run.rank == 0 and (seen % 10 == 0 or seen == run.steps):
             pace = (time.monotonic() - began) / seen
-            job.progress(f"epoch {epoch + 1}/{s.epochs} ({pace * 1e3:.0f} ms a step)", epoch * run.steps + seen, s.epochs * run.steps)
+            job.progress(
+                f"epoch {epoch + 1}/{s.epochs} ({pace * 1e3:.0f} ms a step)",
+                epoch * run.steps + seen,
+                s.epochs * run.steps,
+            )
     return float(total) / max(1, seen)
 
 
@@ -226,7 +249,10 @@ def _in_memory(job: Job, device: torch.device) -> Tensor | None:
             return None
         split = split.prepare(how, job.progress, "training")
         if len(split) != len(job.data.train):
-            raise BadConfig(f"{len(job.data.train) - len(split)} training images cannot be read: {split.unreadable[0]}", "Remove them.")
+            raise BadConfig(
+                f"{len(job.data.train) - len(split)} training images cannot be read: {split.unreadable[0]}",
+                "Remove them.",
+            )
     return torch.from_numpy(split.ready).to(device)
 
 
@@ -235,5 +261,3 @@ def _join_workers() -> tuple[int, int]:
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return int(os.environ.get("RANK", "0")), world
-
-

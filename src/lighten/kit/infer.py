@@ -10,7 +10,9 @@ import torch
 from lighten.types import Preprocess, Progress, silent
 
 
-def outputs(model: Any, split: Any, how: Preprocess | None, *, batch: int = 128, progress: Progress = silent) -> np.ndarray:
+def outputs(
+    model: Any, split: Any, how: Preprocess | None, *, batch: int = 128, progress: Progress = silent
+) -> np.ndarray:
     """Raw outputs (N, classes) float32, in the split's order, on the device the model lives on."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts, done = [], 0

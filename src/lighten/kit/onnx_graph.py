@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lighten.errors import RefusedFormat
+from lighten.kit.quiet import quiet
 from lighten.kit.trace import trace
 
 INPUT, OUTPUT = "input", "output"
@@ -25,11 +20,17 @@ def to_onnx(module: nn.Module, shape: tuple[int, ...]) -> Any:
 
     program = trace(module, shape)
     try:
-        with _quiet():
-            exported = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
-    except Exception as e:  # noqa: BLE001 - the exporter raises many kinds
-        reason = next((line for line in str(e).splitlines() if "aten." in line or "Error" in line), str(e)[:200])
-        raise RefusedFormat(f"onnx cannot hold this model: {reason.strip()[:300]}", "Replace that operator.") from e
+        with quiet():
+            exported = torch.onnx.export(
+                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            )
+    except Exception as e:
+        reason = next(
+            (line for line in str(e).splitlines() if "aten." in line or "Error" in line), str(e)[:200]
+        )
+        raise RefusedFormat(
+            f"onnx cannot hold this model: {reason.strip()[:300]}", "Replace that operator."
+        ) from e
     return pool_globally(exported.model_proto)
 
 
@@ -121,24 +122,13 @@ def pool_globally(model: Any) -> Any:
     for k, node in enumerate(list(graph.proto.node)):
         if node.op_type != "ReduceMean" or len(node.input) < 2:
             continue
-        axes, keep = graph.array(node.input[1]), next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+        axes, keep = (
+            graph.array(node.input[1]),
+            next((a.i for a in node.attribute if a.name == "keepdims"), 1),
+        )
         if axes is not None and sorted(int(a) for a in axes) in ([-2, -1], [2, 3]) and keep:
             pool = helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), name=node.name)
             graph.proto.node.remove(node)
             graph.proto.node.insert(k, pool)
     graph.drop_unused()
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints and warns about itself; its errors still come through as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as null:
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(null):
-                yield
-    finally:
-        logging.disable(before)

@@ -24,8 +24,10 @@ def trace(model: nn.Module, shape: tuple[int, ...]) -> Any:
     batch = torch.export.Dim("batch", min=1, max=65536)
     try:
         with torch.no_grad():
-            return torch.export.export(model, (example_input(shape),), dynamic_shapes=({0: batch},), strict=False)
-    except Exception as e:  # noqa: BLE001 - torch.export raises many kinds, among them the model's own
+            return torch.export.export(
+                model, (example_input(shape),), dynamic_shapes=({0: batch},), strict=False
+            )
+    except Exception as e:
         raise BadModel(
             f"The graph of the model cannot be captured with input (batch, {', '.join(map(str, shape))}): {_first_line(e)}",
             "Look for Python branches on tensor values, for .item(), and for a wrong --input-size.",
@@ -37,18 +39,27 @@ def check_output(model: nn.Module, shape: tuple[int, ...], classes: int | None) 
     try:
         with torch.inference_mode():
             out = copy.deepcopy(model).eval()(example_input(shape))
-    except Exception as e:  # noqa: BLE001 - the user's forward may raise anything
+    except Exception as e:
         raise BadModel(
             f"The model does not take an input of shape (2, {', '.join(map(str, shape))}): {_first_line(e)}",
             "Check --input-size and the number of channels.",
         ) from e
     if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise BadModel(f"A classifier answers one row of scores an image; this model gives {got}.", "Wrap it so that it returns (batch, classes).")
+        raise BadModel(
+            f"A classifier answers one row of scores an image; this model gives {got}.",
+            "Wrap it so that it returns (batch, classes).",
+        )
     if not torch.isfinite(out).all():
-        raise BadModel("The model answers NaN or infinity for a random image.", "Check the weights and the preprocessing.")
+        raise BadModel(
+            "The model answers NaN or infinity for a random image.",
+            "Check the weights and the preprocessing.",
+        )
     if classes is not None and out.shape[1] != classes:
-        raise BadModel(f"The model answers {out.shape[1]} classes, the data has {classes}.", "Check --classes and the class folders.")
+        raise BadModel(
+            f"The model answers {out.shape[1]} classes, the data has {classes}.",
+            "Check --classes and the class folders.",
+        )
     return int(out.shape[1])
 
 

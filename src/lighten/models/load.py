@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,9 @@ def build(arch: str, *, classes: int | None = None, trust_code: bool = False) ->
     if home == "timm":
         timm = require("timm", "compress", f"build {arch}")
         _known("timm architecture", name.split(".")[0], timm.list_models())
-        return timm.create_model(name.split(".")[0], pretrained=False, **options)
+        if "." in name:  # the tag says which preprocessing the weights were trained with
+            _known("timm architecture with weights", name, timm.list_pretrained())
+        return timm.create_model(name, pretrained=False, **options)
     from lighten.models import builders
 
     _known("lighten architecture", name, builders())
@@ -61,13 +65,18 @@ def read_weights(path: Path, *, inner: str | None = None) -> tuple[dict[str, Ten
     else:
         raw = _read_torch(path)
     tensors, notices = _unwrap(raw, path, inner)
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not _finite(v)]
     if bad:
-        raise BadModel(f"{path}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}.", "The training broke; use an earlier checkpoint.")
+        raise BadModel(
+            f"{path}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}.",
+            "The training broke; use an earlier checkpoint.",
+        )
     return tensors, notices
 
 
-def load(path: Path, arch: str, *, classes: int | None = None, trust_code: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
+def load(
+    path: Path, arch: str, *, classes: int | None = None, trust_code: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Architecture plus weights, in eval mode, on the CPU. The number of classes is read off the weights if not given."""
     tensors, notices = read_weights(path)
     if classes is None:
@@ -80,6 +89,7 @@ def load(path: Path, arch: str, *, classes: int | None = None, trust_code: bool 
 def fill(model: nn.Module, tensors: dict[str, Tensor], where: str, arch: str) -> None:
     """Copy `tensors` into `model`. Raises BadModel listing each missing, unknown and misshapen key."""
     want = model.state_dict()
+    tensors = _named_as(want, tensors)
     optional = {k for k in want if k.endswith("num_batches_tracked")}
     missing = [k for k in want if k not in tensors and k not in optional]
     unknown = [k for k in tensors if k not in want]
@@ -91,18 +101,27 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: str, arch: str) ->
     if missing or unknown or shapes:
         rows = [*(f"missing {k}" for k in missing), *(f"unknown {k}" for k in unknown), *shapes]
         shown = "\n  ".join(rows[:12]) + (f"\n  ... and {len(rows) - 12} more" if len(rows) > 12 else "")
-        raise BadModel(f"{where} does not fit {arch}:\n  {shown}", "Check --arch and --classes against the training code.")
+        raise BadModel(
+            f"{where} does not fit {arch}:\n  {shown}",
+            "Check --arch and --classes against the training code.",
+        )
     model.load_state_dict(tensors, strict=False)
 
 
+def _named_as(want: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model whose own names start with one of the prefixes that `read_weights` takes off gets it back."""
+    for prefix in PREFIXES:
+        if all(k.startswith(prefix) for k in want) and not any(k.startswith(prefix) for k in tensors):
+            return {prefix + k: v for k, v in tensors.items()}
+    return tensors
+
+
 def own_preprocess(arch: str, model: nn.Module) -> Preprocess | None:
-    """What timm or torchvision say of the weights of this architecture; None where they say nothing."""
+    """What timm or torchvision say of the weights of this architecture; None where they say nothing, or something
+    that `Preprocess` cannot hold (padding, or a centre cut of a stretched image)."""
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config.get("mean") and config.get("input_size"):
-        _, height, width = config["input_size"]
-        resize = max(height, width) if config.get("crop_pct") is None else int(min(height, width) / config["crop_pct"])
-        return Preprocess(height, width, "crop", resize, config.get("interpolation", "bilinear"), "RGB",
-                          tuple(config["mean"]), tuple(config["std"]), "timm's description of the weights")  # fmt: skip
+        return _from_timm(config)
     home, _, name = arch.rpartition(":")
     if home != "torchvision":
         return None
@@ -116,6 +135,18 @@ def own_preprocess(arch: str, model: nn.Module) -> Preprocess | None:
                       tuple(preset.mean), tuple(preset.std), "torchvision's description of its ImageNet weights")  # fmt: skip
 
 
+def _from_timm(config: dict[str, Any]) -> Preprocess | None:
+    _, height, width = config["input_size"]
+    share, mode = config.get("crop_pct") or 1.0, config.get("crop_mode") or "center"
+    rest = (config.get("interpolation") or "bilinear", "RGB", tuple(config["mean"]), tuple(config["std"]),
+            "timm's description of the weights")  # fmt: skip
+    if mode == "squash" and share == 1:
+        return Preprocess(height, width, "stretch", None, *rest)
+    if mode == "center" and share <= 1 and height == width:
+        return Preprocess(height, width, "crop", int(height / share), *rest)
+    return None
+
+
 # --- weights ----------------------------------------------------------------------------------------
 
 
@@ -124,12 +155,18 @@ def _check_file(path: Path) -> None:
         raise BadModel(f"{path} does not exist.", "Check the path of the weights.")
     if path.is_dir():
         raise BadModel(f"{path} is a folder.", "Give the .safetensors or .pth file in it.")
-    head = path.open("rb").read(512)
+    try:
+        with path.open("rb") as f:
+            head = f.read(512)
+    except OSError as e:
+        raise BadModel(f"{path} cannot be read ({e.strerror}).", "Check its permissions.") from e
     if not head:
         raise BadModel(f"{path} is empty.", "Fetch it again.")
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise BadModel(f"{path} is a web page, not weights.", "The download gave an error page; fetch the file itself.")
+        raise BadModel(
+            f"{path} is a web page, not weights.", "The download gave an error page; fetch the file itself."
+        )
     if head.startswith(b"version https://git-lfs"):
         raise BadModel(f"{path} is a Git LFS pointer, not weights.", "Run: git lfs pull")
 
@@ -155,40 +192,84 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        if "weights_only" in str(e).lower() or "GLOBAL" in str(e) or "Unsupported" in str(e):
-            raise BadModel(
-                f"{path} holds more than weights (objects or code), so it was not opened: {_reason(e)}",
-                "Save the weights alone: torch.save(model.state_dict(), 'weights.pth') or as .safetensors.",
-            ) from e
-        raise BadModel(f"{path} is not a weights file, or is damaged ({_reason(e)}).", "Fetch or save it again.") from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as e:
-        raise BadModel(f"{path} is damaged or truncated ({_reason(e)}).", "Fetch or save it again.") from e
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as e:
+        raise _refusal(path, e) from e
 
 
-def _reason(e: BaseException) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    return (named or lines or [type(e).__name__])[0][:200]
+def _refusal(path: Path, e: Exception) -> BadModel:
+    """What torch.load's answer means for the user; torch's own advice (to allow the code) is left out."""
+    with path.open("rb") as f:
+        head = f.read(2)
+    save = "Save the weights alone: torch.save(model.state_dict(), 'weights.pth') or as .safetensors."
+    needs = re.search(r"GLOBAL ([\w.]+)", str(e))
+    if "TorchScript" in str(e):
+        return BadModel(f"{path} is a TorchScript archive, which holds code, so it was not opened.", save)
+    if needs or (isinstance(e, pickle.UnpicklingError) and head[:1] == b"\x80"):
+        what = f"it needs {needs[1]}" if needs else "it is a plain pickle"
+        return BadModel(
+            f"{path} holds more than weights (objects or code), so it was not opened: {what}.", save
+        )
+    if head != b"PK" and head[:1] != b"\x80":
+        return BadModel(
+            f"{path} is not a weights file.", "Give a .safetensors file, or a .pth that torch.save wrote."
+        )
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+    return BadModel(f"{path} is damaged or truncated ({reason}).", "Fetch or save it again.")
+
+
+def _finite(v: Tensor) -> bool:
+    return bool(
+        torch.isfinite(v if v.element_size() > 1 else v.float()).all()
+    )  # no isfinite for 8-bit floats
 
 
 def _unwrap(raw: Any, path: Path, inner: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notices = []
+    if inner is not None and not (isinstance(raw, dict) and isinstance(raw.get(inner), dict)):
+        raise BadModel(
+            f"{path} has no entry {inner!r} with weights in it ({_held(raw)}).", "Name one that it has."
+        )
     for _ in range(3):
-        nested = next((k for k in ((inner,) if inner else WRAPPERS) if isinstance(raw, dict) and isinstance(raw.get(k), dict)), None)
+        nested = next(
+            (
+                k
+                for k in ((inner,) if inner else WRAPPERS)
+                if isinstance(raw, dict) and isinstance(raw.get(k), dict)
+            ),
+            None,
+        )
         if nested is None:
             break
         raw = raw[nested]
         notices.append(f"{path.name}: the weights were read from its entry {nested!r}.")
         inner = None
-    if not isinstance(raw, dict) or not raw or not all(isinstance(v, Tensor) for v in raw.values()):
-        held = f"keys {', '.join(map(str, list(raw)[:8]))}" if isinstance(raw, dict) else type(raw).__name__
-        raise BadModel(f"{path} holds no state_dict ({held}).", "Save model.state_dict().")
-    for prefix in PREFIXES:
-        if all(k.startswith(prefix) for k in raw):
-            raw = {k[len(prefix) :]: v for k, v in raw.items()}
-            notices.append(f"{path.name}: the prefix {prefix!r} was taken off every key.")
+    if not _is_state_dict(raw):
+        raise BadModel(f"{path} holds no state_dict ({_held(raw)}).", "Save model.state_dict().")
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in raw)), None):
+        raw = {k[len(prefix) :]: v for k, v in raw.items()}
+        notices.append(f"{path.name}: the prefix {prefix!r} was taken off every key.")
     return dict(raw), tuple(notices)
+
+
+def _is_state_dict(raw: Any) -> bool:
+    return (
+        isinstance(raw, dict)
+        and bool(raw)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in raw.items())
+    )
+
+
+def _held(raw: Any) -> str:
+    return f"keys {', '.join(map(str, list(raw)[:8]))}" if isinstance(raw, dict) else type(raw).__name__
 
 
 # --- architectures ----------------------------------------------------------------------------------
@@ -201,23 +282,31 @@ def _known(kind: str, name: str, names: Any) -> None:
 
 def _from_file(file: Path, name: str, classes: int | None, trust_code: bool) -> nn.Module:
     if not trust_code:
-        raise UntrustedCode(f"--arch {file}:{name} would run the file {file}.", "Read it, and if you trust it add --trust-code.")
+        raise UntrustedCode(
+            f"--arch {file}:{name} would run the file {file}.",
+            "Read it, and if you trust it add --trust-code.",
+        )
     if not file.is_file():
         raise BadModel(f"{file} does not exist.", "Check the path in --arch.")
     spec = importlib.util.spec_from_file_location(f"_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise BadModel(f"{file} cannot be imported.", "Give a Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up there
     try:
         spec.loader.exec_module(module)
         make = getattr(module, name, None)
         if not callable(make):
-            raise BadModel(f"{file} has no callable named {name!r}.", "Name a function or class that gives an nn.Module.")
+            raise BadModel(
+                f"{file} has no callable named {name!r}.", "Name a function or class that gives an nn.Module."
+            )
         model = make() if classes is None else _call(make, classes)
     except BadModel:
         raise
-    except Exception as e:  # noqa: BLE001 - the user's own code may raise anything
-        raise BadModel(f"{file}:{name} failed: {type(e).__name__}: {e}", "Mend the file, then run it again.") from e
+    except Exception as e:
+        raise BadModel(
+            f"{file}:{name} failed: {type(e).__name__}: {e}", "Mend the file, then run it again."
+        ) from e
     if not isinstance(model, nn.Module):
         raise BadModel(f"{file}:{name} gave a {type(model).__name__}, not an nn.Module.", "Return the model.")
     return model

@@ -31,7 +31,9 @@ def train(config: Path, *, out: Path | None = None, progress: Progress = silent,
     from lighten.kit.infer import outputs
     from lighten.tasks import classification as task
 
-    check_keys(values["preprocess"], [f.name for f in dataclasses.fields(Preprocess)], f"{config}, preprocess")
+    check_keys(
+        values["preprocess"], [f.name for f in dataclasses.fields(Preprocess)], f"{config}, preprocess"
+    )
     check_keys(values.get("fit", {}), [f.name for f in dataclasses.fields(FitSettings)], f"{config}, fit")
     how, settings = _settings(config, values, FitSettings)
     folder = out or Path(values["out"])
@@ -54,8 +56,12 @@ def train(config: Path, *, out: Path | None = None, progress: Progress = silent,
     trained = fit(model, settings, loss, job, checkpoint=folder / "last.pt", after_epoch=after)
     trained.to(best_device())
     report = data.report.prepare(how, progress, "report")
-    scores = {name: task.score(outputs(trained, split, how, batch=500), split.labels) for name, split in (("select", select), ("report", report))}
-    return _save(folder, trained.cpu(), values, how, settings, scores, history, data)
+    scores = {
+        name: task.score(outputs(trained, split, how, batch=500), split.labels)
+        for name, split in (("select", select), ("report", report))
+    }
+    record = _save(folder, trained.cpu(), values, how, settings, scores, history, data)
+    return {**record, "folder": str(folder)}
 
 
 def _settings(config: Path, values: dict[str, Any], kind: Any) -> tuple[Preprocess, Any]:

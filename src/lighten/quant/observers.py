@@ -47,7 +47,13 @@ class PerChannelWeightObserver(ObserverBase):
     def __init__(self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int, ch_axis: int,
                  methods: tuple[str, ...] = METHODS, is_dynamic: bool = False) -> None:  # fmt: skip
         super().__init__(dtype, is_dynamic)
-        self.qscheme, self.quant_min, self.quant_max, self.ch_axis, self.methods = qscheme, quant_min, quant_max, ch_axis, methods
+        self.qscheme, self.quant_min, self.quant_max, self.ch_axis, self.methods = (
+            qscheme,
+            quant_min,
+            quant_max,
+            ch_axis,
+            methods,
+        )
         self.weight: Tensor | None = None
         self._qparams: tuple[Tensor, Tensor] | None = None
 

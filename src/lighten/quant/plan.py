@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lighten.errors import BadData, BadModel
+from lighten.kit.quiet import quiet
 from lighten.kit.trace import trace
 from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver
 from lighten.quant.quantizer import PolicyQuantizer
@@ -38,16 +36,21 @@ def quantize(model: nn.Module, shape: tuple[int, ...], batches: Iterable[Tensor]
     or no images, BadModel where the graph cannot be captured or holds nothing to quantize.
     """
     quantizer = PolicyQuantizer(precision, device, methods)
-    with _quiet():
+    with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         prepared = prepare_pt2e(trace(model, shape).module(), quantizer)
     if not any(isinstance(m, PerChannelWeightObserver) for m in prepared.modules()):
-        raise BadModel("The model holds no layer that can be quantized (convolution or linear).", "Choose a float precision.")
+        raise BadModel(
+            "The model holds no layer that can be quantized (convolution or linear).",
+            "Choose a float precision.",
+        )
     _calibrate(prepared, batches, step)
     layers = tuple(_describe(prepared, quantizer))
-    with _quiet():
-        return Quantized(convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers)
+    with quiet():
+        return Quantized(
+            convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers
+        )
 
 
 def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[[int], None]) -> None:
@@ -55,7 +58,10 @@ def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[
     with torch.no_grad():
         for x in batches:
             if not torch.isfinite(x).all():
-                raise BadData(f"The calibration images hold NaN or infinity (images {done} to {done + len(x) - 1}).", "Check the preprocessing.")
+                raise BadData(
+                    f"The calibration images hold NaN or infinity (images {done} to {done + len(x) - 1}).",
+                    "Check the preprocessing.",
+                )
             try:
                 prepared(x)
             except ValueError as e:
@@ -84,13 +90,17 @@ def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dic
 
 
 def _weight_row(observer: PerChannelWeightObserver) -> dict[str, Any]:
-    weight = observer.weight
-    assert weight is not None
+    assert observer.weight is not None
+    weight = observer.weight.detach()
     scale, zero = observer.calculate_qparams()
     view = [-1 if d == observer.ch_axis else 1 for d in range(weight.ndim)]
     rounded = observer.grid.fake(weight, scale.view(view), zero.view(view))
     bits = math.ceil(math.log2(observer.quant_max - observer.quant_min + 1))
-    return {"weights": f"int{bits}", "shape": tuple(weight.shape), "weight_sqnr_db": round(signal_to_noise(weight, rounded), 2)}
+    return {
+        "weights": f"int{bits}",
+        "shape": tuple(weight.shape),
+        "weight_sqnr_db": round(signal_to_noise(weight, rounded), 2),
+    }
 
 
 def _activation_row(observer: ActivationObserver) -> dict[str, Any]:
@@ -113,11 +123,3 @@ def _layer_of(node: Any, quantizer: PolicyQuantizer) -> str | None:
 
 def _module(graph: GraphModule, node: Any) -> Any:
     return graph.get_submodule(node.target) if getattr(node, "op", None) == "call_module" else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """torchao and torch.export warn about their own internals; nothing of it is for the user."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

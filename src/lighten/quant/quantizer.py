@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
 
 from lighten.quant import policy
 from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver
@@ -88,7 +93,9 @@ class PolicyQuantizer(Quantizer):
             dtype=torch.int8,
             quant_min=-(2 ** (bits - 1)),
             quant_max=2 ** (bits - 1) - 1,
-            qscheme=torch.per_tensor_symmetric if self.device.symmetric_activations else torch.per_tensor_affine,
+            qscheme=torch.per_tensor_symmetric
+            if self.device.symmetric_activations
+            else torch.per_tensor_affine,
             observer_or_fake_quant_ctr=ActivationObserver.with_args(methods=self.methods),
         )
 

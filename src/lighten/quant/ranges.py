@@ -170,7 +170,9 @@ def choose(h: Histogram, grid: Grid, methods: Iterable[str] = METHODS) -> Range:
     return Range(candidates[best][1], candidates[best][2], candidates[best][0], float(loss[best]))
 
 
-def weight_scales(weight: Tensor, axis: int | None, grid: Grid, methods: Iterable[str] = METHODS, steps: int = 41) -> tuple[Tensor, Tensor]:
+def weight_scales(
+    weight: Tensor, axis: int | None, grid: Grid, methods: Iterable[str] = METHODS, steps: int = 41
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each slice along `axis` (of the whole tensor where it is None).
 
     With "mse" each channel's range is shrunk by up to half where that lowers its squared error; else min-max.

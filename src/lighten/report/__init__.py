@@ -1,1 +1,83 @@
-"""report"""
+"""The reading room: a Result and its folder in, report.html and report.md out. Nothing is measured here."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lighten.data.cache import write_whole
+from lighten.plugins import require
+from lighten.report.view import view
+from lighten.types import Result
+
+_HERE = Path(__file__).parent
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|"} | {"\n": " ", "\r": " "})
+
+
+def write(result: Result, folder: Path, *, lang: str = "en") -> tuple[Path, Path]:
+    """Writes `report.html` (one page, nothing fetched) and `report.md` into `folder`, in one language, en or zh.
+
+    Thumbnails of `result.flips` are read from `folder`, or else from the run folder; one that is missing is not
+    shown. Raises UnknownName (language), MissingBackend (jinja2), BadBundle (the original or winner was not measured).
+    """
+    shown = view(result, lang, thumbnails(result, folder))
+    pages = folder / "report.html", folder / "report.md"
+    for page, text in zip(pages, (_html(shown), _markdown(shown))):
+        write_whole(page, text)
+    return pages
+
+
+def thumbnails(result: Result, folder: Path) -> dict[str, str]:
+    """The pictures of `result.flips` as data URIs, by the name used there. Only PNG files inside the folder are taken."""
+    homes = [home.resolve() for home in (folder, *([Path(result.path)] if result.path else []))]
+    found = {}
+    for name in {str(flip.get("thumbnail", "")) for flip in result.flips} - {""}:
+        data = next((data for home in homes if (data := _png(home, name))), None)
+        if data:
+            found[name] = "data:image/png;base64," + base64.b64encode(data).decode()
+    return found
+
+
+def _png(home: Path, name: str) -> bytes | None:
+    try:
+        file = (home / name).resolve()
+        data = file.read_bytes() if file.is_relative_to(home) else b""
+    except (OSError, ValueError):
+        return None
+    return data if data.startswith(_PNG) else None
+
+
+def _html(shown: Mapping[str, Any]) -> str:
+    return _template("report.html.j2", autoescape=True).render(shown)
+
+
+def _markdown(shown: Mapping[str, Any]) -> str:
+    return _template("report.md.j2", finalize=markdown_text).render(shown, fence=_fence(shown["r"].command))
+
+
+def _template(name: str, **options: Any) -> Any:
+    jinja2 = require("jinja2", "compress", "write the report")
+    loader = jinja2.FileSystemLoader(_HERE)
+    house = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                               keep_trailing_newline=True, **options)  # fmt: skip
+    return house.get_template(name)
+
+
+class Raw(str):
+    """Text that is Markdown already."""
+
+
+def markdown_text(value: Any) -> Any:
+    """Any value as text that Markdown shows as it stands, on one line, also inside a table."""
+    return value if isinstance(value, Raw) else str(value).translate(_MARKDOWN)
+
+
+def _fence(command: str) -> Raw:
+    """The command as a code block that it cannot end itself."""
+    ticks = "```"
+    while ticks in command:
+        ticks += "`"
+    return Raw(f"{ticks}sh\n{command}\n{ticks}")

@@ -39,7 +39,9 @@ def flipped(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.flatnonzero(before.argmax(1) != after.argmax(1))
 
 
-def per_class(before: np.ndarray, after: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> tuple[ClassChange, ...]:
+def per_class(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, names: tuple[str, ...]
+) -> tuple[ClassChange, ...]:
     """Accuracy of each class before and after, in percent; classes without images are left out."""
     rows = []
     for k, name in enumerate(names):

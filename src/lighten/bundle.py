@@ -1,0 +1,211 @@
+"""The folder that ships: model, manifest, labels, golden vectors, a runner. Writing, reading, checking it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.data.cache import sha256_file, whole_folder, write_whole
+from lighten.errors import BadBundle
+from lighten.types import Preprocess, Result, Trial, from_json, to_json
+
+SCHEMA_VERSION = 1
+GOLDEN_IMAGES = 16
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
+QUANTIZED_TOLERANCE = 0.05
+"""Of the largest golden output. Integer kernels of other processors may round the last step differently."""
+
+_FILES = Path(__file__).parent / "bundle_files"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files were checked against the sha256 in its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / self.manifest["model"]["file"]
+
+    @property
+    def format(self) -> str:
+        return str(self.manifest["model"]["format"])
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        found = self.manifest["preprocessing"]
+        return from_json(Preprocess, found) if found else None
+
+    def labels(self, lang: str = "en") -> tuple[str, ...]:
+        """Class names in order, Chinese where there are any and `lang` is "zh"."""
+        return tuple(row["name_zh" if lang == "zh" else "name"] for row in self.manifest["labels"])
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """`pixels`, `outputs` and `atol`."""
+        with np.load(self.folder / "golden.npz", allow_pickle=False) as found:
+            return {k: found[k] for k in ("pixels", "outputs", "atol")}
+
+
+def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndarray) -> Path:
+    """The winner as a bundle in `run_folder`/bundle, whole or not at all.
+
+    `pixels` and `outputs` are images and the winner's own answers to them, in its runtime: the golden vectors.
+    """
+    winner = result.winning
+    assert winner.artifact is not None
+    source = run_folder / winner.artifact.path
+    with whole_folder(run_folder / "bundle") as room:
+        for file in (source, *(source.parent / name for name in winner.artifact.companions)):
+            shutil.copyfile(file, room / file.name)
+        _write_golden(room, winner, pixels, outputs)
+        shutil.copyfile(_FILES / "run.py", room / "run.py")
+        write_whole(
+            room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh))
+        )
+        write_whole(room / "README.md", readme(result))
+        shape = (
+            pixels.shape[1:]
+            if pixels.dtype != np.uint8
+            else result.preprocess.input_shape
+            if result.preprocess
+            else ()
+        )
+        manifest = describe(result, [int(n) for n in shape])
+        manifest["files"] = {f.name: sha256_file(f) for f in sorted(room.iterdir())}
+        write_whole(room / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
+    return run_folder / "bundle"
+
+
+def _write_golden(room: Path, winner: Trial, pixels: np.ndarray, outputs: np.ndarray) -> None:
+    n = GOLDEN_IMAGES
+    share = TOLERANCE.get(winner.recipe.precision.weights, QUANTIZED_TOLERANCE)
+    atol = np.float32(share * max(1.0, float(np.abs(outputs[:n]).max())))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, pixels=pixels[:n], outputs=outputs[:n], atol=atol)
+    write_whole(room / "golden.npz", buffer.getvalue())
+
+
+def describe(result: Result, shape: list[int]) -> dict[str, Any]:
+    """The manifest, without the sums of the files."""
+    winner = result.winning
+    assert winner.artifact is not None
+    evidence = to_json(winner.evidence)
+    evidence["size"].pop("weights")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {"file": Path(winner.artifact.path).name, "format": winner.artifact.format, "sha256": winner.artifact.sha256,
+                  "companions": list(winner.artifact.companions), "source": result.model},
+        "task": result.task,
+        "input": {"name": "input", "shape": ["batch", *shape], "layout": "NCHW", "dtype": "float32"},
+        "output": {"name": "output", "shape": ["batch", len(result.classes)], "dtype": "float32", "meaning": "scores before softmax"},
+        "preprocessing": to_json(result.preprocess),
+        "labels": [{"name": en, "name_zh": zh} for en, zh in zip(result.classes, result.classes_zh)],
+        "recipe": to_json(winner.recipe),
+        "layers": to_json(winner.layers),
+        "device": to_json(result.device),
+        "evidence": evidence,
+        "final": to_json(result.final),
+        "budget": to_json(result.budget),
+        "verdict": result.verdict,
+        "misses": to_json(result.misses),
+        "environment": result.environment,
+    }  # fmt: skip
+
+
+def readme(result: Result) -> str:
+    """What an app developer needs to know to use the bundle, English then Chinese."""
+    texts = (_FILES / "README.md").read_text("utf-8")
+    winner, how = result.winning, result.preprocess
+    assert winner.artifact is not None
+    assert winner.evidence is not None
+    from lighten.data.preprocess import describe as in_words
+
+    runtime = "openvino" if winner.artifact.format == "openvino" else "onnxruntime"
+    values = {
+        "file": Path(winner.artifact.path).name, "runtime": runtime, "ran": winner.evidence.runtime,
+        "precision": winner.recipe.precision.title, "verdict": result.verdict,
+        "size": f"{winner.evidence.size.mb:.2f}", "accuracy": f"{result.final.winner.value:.2f}",
+        "before": f"{result.final.baseline.value:.2f}", "n": str(result.final.winner.n),
+        "preprocess": in_words(how), "classes": str(len(result.classes)),
+        "shape": " x ".join(["batch", *map(str, how.input_shape)]) if how else "see manifest.json",
+    }  # fmt: skip
+    for key, value in values.items():
+        texts = texts.replace("{" + key + "}", value)
+    return texts
+
+
+def load(folder: Path) -> Bundle:
+    """Read and check a bundle. Raises BadBundle naming the file that is missing, damaged or changed."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        inside = folder / "bundle"
+        hint = (
+            f"Did you mean {inside}?"
+            if (inside / "manifest.json").is_file()
+            else "A bundle is runs/NAME/bundle."
+        )
+        raise BadBundle(f"{folder} is not a bundle: it has no manifest.json.", hint)
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        files, version = dict(manifest["files"]), manifest["schema_version"]
+        names = [manifest["model"]["file"], *manifest["model"]["companions"], "golden.npz"]
+        if manifest["preprocessing"]:
+            from_json(Preprocess, manifest["preprocessing"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadBundle(f"{file} is damaged ({type(e).__name__}: {e}).", "Build the bundle again.") from e
+    if version > SCHEMA_VERSION:
+        raise BadBundle(
+            f"{file} has schema version {version}; this lighten reads up to {SCHEMA_VERSION}.",
+            "pip install -U lighten",
+        )
+    for name in dict.fromkeys([*names, *files]):
+        _check(folder, name, files.get(name))
+    return Bundle(folder, manifest)
+
+
+def _check(folder: Path, name: str, want: str | None) -> None:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise BadBundle(
+            f"The manifest of {folder} names a file outside the bundle: {name!r}.", "Do not use this bundle."
+        )
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise BadBundle(f"{path} is missing, or is not a plain file.", "Copy the whole bundle folder.")
+    if want is None or sha256_file(path) != want:
+        raise BadBundle(
+            f"{path} is not the file its manifest was written for (sha256 differs).",
+            "Copy the bundle again, or build it again.",
+        )
+
+
+def verify(bundle: Bundle) -> tuple[bool, str]:
+    """Whether the golden vectors still give the golden answers here, and by how much they differ."""
+    from lighten import bench
+
+    golden = bundle.golden()
+    got = bench.measure(bundle.model, bundle.format, golden["pixels"], bundle.preprocess, timing=None).outputs
+    if got.shape != golden["outputs"].shape:
+        return False, f"outputs have shape {got.shape}, not {golden['outputs'].shape}"
+    worst, atol = float(np.abs(got - golden["outputs"]).max()), float(golden["atol"])
+    same = int((got.argmax(1) == golden["outputs"].argmax(1)).sum())
+    text = f"{same} of {len(got)} golden answers are the same, outputs differ by at most {worst:.3g} (allowed {atol:.3g})"
+    return bool(worst <= atol), text
+
+
+def digest_of(arrays: dict[str, np.ndarray]) -> str:
+    """sha256 of named arrays, in order of their names."""
+    mark = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        mark.update(f"{name}{array.shape}{array.dtype}".encode())
+        mark.update(array.tobytes())
+    return mark.hexdigest()

@@ -1,0 +1,323 @@
+"""The walk: front desk, weigh-in, menu, workshop, scales, ledger, judge, vault, reading room."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lighten import bundle, devices, ledger, report, search, workshop
+from lighten.bench import Timing
+from lighten.data import load as load_data
+from lighten.data.cache import write_whole
+from lighten.data.doctor import examine as examine_data
+from lighten.data.doctor import raise_errors, suspect_normalization
+from lighten.errors import BadConfig, BadModel
+from lighten.machine import environment, this_machine
+from lighten.methods.quantize import precisions
+from lighten.plugins import get
+from lighten.types import (
+    Budget,
+    Data,
+    Device,
+    Final,
+    Job,
+    Preprocess,
+    Progress,
+    Recipe,
+    Result,
+    Trial,
+    digest,
+    silent,
+    to_json,
+)
+
+Log = Callable[[str], None]
+FLIPS_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compression may be told beside model, data, budget and device."""
+
+    name: str | None = None
+    out: Path = Path("runs")
+    seed: int = 0
+    formats: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    strict: bool = False
+    fresh: bool = False
+    lang: str = "en"
+    timing: Timing = Timing()
+    model_name: str = ""
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for kind, given, known in (
+            ("format", self.formats, None),
+            ("precision", self.precisions, ("float32", "float16", "int8")),
+        ):
+            for one in given:
+                if known is None:
+                    get("formats", one)
+                elif one not in known:
+                    raise BadConfig(f"There is no {kind} named {one!r}.", f"Known: {', '.join(known)}")
+
+
+def compress(model: Any, data: Any, budget: Budget | None = None, device: str | Device = "this-machine", *,
+             preprocess: Preprocess | None = None, settings: Settings = Settings(), progress: Progress = silent,
+             log: Log = lambda line: None) -> Result:  # fmt: skip
+    """Find the best file of `model` inside `budget`, measured on the file itself, and write run folder and bundle.
+
+    `model` is a classifier (torch.nn.Module: float32 (N, C, H, W) to (N, classes)). `data` is a folder, a built-in
+    name, a `Data`, or an iterable of (image, label). `preprocess` is needed unless the data yields ready float inputs
+    or the model carries timm's description. The same call continues an interrupted run and repeats no finished trial.
+    """
+    budget = budget or Budget()
+    job, lines = front_desk(model, data, device, preprocess, settings, progress)
+    for line in lines:
+        log(line)
+    fingerprint = question(job, budget, settings)
+    folder = settings.out / (
+        settings.name or f"{(settings.model_name or type(model).__name__).lower()}-{fingerprint[:8]}"
+    )
+    with ledger.locked(folder):
+        if settings.fresh:
+            _clear(folder)
+        book = ledger.open_ledger(folder, fingerprint)
+        book, baseline, reference = weigh_in(book, job, folder, settings, log)
+        book = try_all(book, baseline, job, reference, folder, budget, settings, log)
+        result = judge(book, baseline, job, reference, folder, budget, settings, log)
+        report.write(result, folder, lang=settings.lang)
+    return result
+
+
+# --- 1. front desk ----------------------------------------------------------------------------------
+
+
+def front_desk(model: Any, data: Any, device: str | Device, preprocess: Preprocess | None, settings: Settings,
+               progress: Progress) -> tuple[Job, list[str]]:  # fmt: skip
+    """Load and check everything before anything costly; warnings come back as lines, errors all at once."""
+    from lighten.kit.trace import check_output
+    from lighten.models.load import own_preprocess
+
+    target = devices.load(device) if isinstance(device, str) else device
+    loaded: Data = load_data(data, seed=settings.seed, progress=progress)
+    ready = _ready_inputs(loaded)
+    how = None if ready and preprocess is None else preprocess or own_preprocess("", model)
+    if how is None and not ready:
+        raise BadConfig(
+            "How the model wants its images is not known.",
+            "Give the input size, mean and std (--input-size 224 --mean ... --std ...).",
+        )
+    loaded = dataclasses.replace(
+        loaded,
+        **{k: s.prepare(how, progress, k) for k, s in loaded.splits.items() if k not in ("train", "report")},
+    )
+    findings = list(examine_data(loaded, how, strict=settings.strict))
+    raise_errors(findings)
+    model = model.eval().cpu()
+    job = Job(loaded, "classification", target, how, model, seed=settings.seed, progress=progress)
+    check_output(model, workshop.input_shape(job), len(loaded.classes))
+    return job, [*loaded.notices, *(f"{f.level}: {f.what} {f.to_do}" for f in findings)]
+
+
+def _ready_inputs(data: Data) -> bool:
+    first = data.calibrate.images.read(int(data.calibrate.rows[0])) if len(data.calibrate) else None
+    return isinstance(first, np.ndarray) and first.dtype != np.uint8
+
+
+def question(job: Job, budget: Budget, settings: Settings) -> str:
+    """What makes two runs the same: weights, data, preprocessing, device, budget, choices. Not the clock."""
+    state = {k: v.detach().cpu().numpy() for k, v in job.original.state_dict().items()}
+    choices = [settings.seed, settings.formats, settings.precisions, to_json(settings.timing)]
+    device = to_json(job.device)
+    device.pop("memory_mb")
+    return digest(
+        [
+            bundle.digest_of(state),
+            str(job.original),
+            job.data.fingerprint,
+            to_json(job.preprocess),
+            device,
+            to_json(budget),
+            choices,
+        ]
+    )
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# --- 2. weigh-in ------------------------------------------------------------------------------------
+
+
+def weigh_in(
+    book: ledger.Ledger, job: Job, folder: Path, settings: Settings, log: Log
+) -> tuple[ledger.Ledger, Trial, workshop.Reference]:
+    """The original, unchanged, as a file and in torch. Raises BadModel where it cannot be exported."""
+    select = job.data.select
+    outputs = workshop.torch_outputs(job.original, job, select)
+    score = get("tasks", job.task).score(outputs, select.labels)
+    log(f"original in torch: top-1 {score} % on {len(select)} select images")
+    doubt = suspect_normalization(score.value, len(job.data.classes), len(select))
+    if doubt:
+        log(f"{doubt.level}: {doubt.what} {doubt.to_do}")
+    reference = workshop.Reference(select, outputs)
+    recipe = Recipe(format="onnx")
+    book, baseline = tried(book, recipe, job, reference, folder, settings, log)
+    if baseline.failure:
+        raise BadModel(
+            f"The unchanged model cannot be exported and measured: {baseline.failure.reason}",
+            "Mend the model first; nothing else was tried.",
+        )
+    return book, baseline, reference
+
+
+def tried(book: ledger.Ledger, recipe: Recipe, job: Job, reference: workshop.Reference, folder: Path, settings: Settings,
+          log: Log) -> tuple[ledger.Ledger, Trial]:  # fmt: skip
+    """The trial of a recipe: from the ledger where its files are whole, else made and recorded."""
+    known = next((t for t in book.trials if t.id == recipe.id), None)
+    if known is not None and workshop.is_whole(known, folder):
+        log(f"{recipe.title}: done before")
+        return book, known
+    workshop.sweep(folder / "artifacts")
+    trial = workshop.attempt(recipe, job, reference, folder / "artifacts", settings.timing)
+    log(line_of(trial))
+    return book.append("trial", trial), trial
+
+
+def line_of(trial: Trial) -> str:
+    """One trial in one line."""
+    if trial.evidence is None:
+        return f"{trial.recipe.title}: failed, {trial.failure.reason if trial.failure else 'no evidence'}"
+    e = trial.evidence
+    return f"{trial.recipe.title}: {e.size.mb:.2f} MB, top-1 {e.metric} %, drop {e.drop.value:.2f} pt, {e.p50(1):.2f} ms, {e.memory_mb:.0f} MB of memory"
+
+
+# --- 3 to 6. menu, workshop, scales, ledger -----------------------------------------------------------
+
+
+def recipes(device: Device, settings: Settings) -> tuple[Recipe, ...]:
+    """What will be tried: the device's formats that are installed (or those asked for) at every precision."""
+    from lighten.plugins import missing_backends
+
+    formats = settings.formats or tuple(f for f in device.formats if not missing_backends(get("formats", f)))
+    for name in settings.formats:
+        get("formats", name, needs="REQUIRES")
+    wanted = [p for p in precisions(device) if not settings.precisions or p.weights in settings.precisions]
+    return search.menu(formats, wanted)
+
+
+def try_all(book: ledger.Ledger, baseline: Trial, job: Job, reference: workshop.Reference, folder: Path, budget: Budget,
+            settings: Settings, log: Log) -> ledger.Ledger:  # fmt: skip
+    """The only loop."""
+    menu, began, done = recipes(job.device, settings), time.monotonic(), [baseline]
+    while (recipe := search.next_recipe(menu, done)) is not None:
+        if budget.time_s is not None and time.monotonic() - began > budget.time_s:
+            log(f"time is up after {len(done)} trials")
+            break
+        job.progress("trials", len(done), len(menu))
+        book, trial = tried(book, recipe, job, reference, folder, settings, log)
+        done.append(trial)
+    job.progress("trials", len(menu), len(menu))
+    return book
+
+
+# --- 7 and 8. judge, vault ----------------------------------------------------------------------------
+
+
+def judge(book: ledger.Ledger, baseline: Trial, job: Job, reference: workshop.Reference, folder: Path, budget: Budget,
+          settings: Settings, log: Log) -> Result:  # fmt: skip
+    """Choose, measure the winner once on the report split, write bundle and result.json."""
+    same_machine = not job.device.arch or job.device.arch == this_machine().arch
+    menu = {r.id for r in (baseline.recipe, *recipes(job.device, settings))}
+    trials = tuple(t for t in book.trials if t.id in menu and workshop.is_whole(t, folder))
+    allowed = [t for t in trials if not settings.formats or t.recipe.format in settings.formats]
+    allowed = [
+        t for t in allowed if not settings.precisions or t.recipe.precision.weights in settings.precisions
+    ]
+    allowed = [t for t in allowed if t.evidence] or [baseline]
+    winner = search.judge(allowed, baseline, budget, same_machine)
+    report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
+    final, before, after = read_report(book, baseline, winner, report_split, job, folder, log)
+    assert winner.evidence is not None
+    assert baseline.evidence is not None
+    misses = budget.misses(winner.evidence, baseline.evidence, drop=final.drop.value)
+    result = Result(
+        verdict="FAIL" if misses else "PASS",
+        misses=misses,
+        advice=search.advise(trials, baseline, job.device, same_machine, misses),
+        budget=budget, device=job.device, task=job.task, model=settings.model_name or type(job.original).__name__,
+        data=job.data.name, classes=job.data.classes, classes_zh=job.data.classes_zh, preprocess=job.preprocess,
+        baseline=baseline, trials=tuple(t for t in trials if t.id != baseline.id), winner=winner.id, final=final,
+        environment=environment(), command=settings.command,
+        images={k: len(s) for k, s in job.data.splits.items()} | {"report": len(report_split)},
+        flips=thumbnails(folder, report_split, before, after), path=str(folder),
+    )  # fmt: skip
+    bundle.write(result, folder, _spread(report_split.ready), _spread(after))
+    write_whole(
+        folder / "result.json", json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False)
+    )
+    return result
+
+
+def _spread(rows: Any) -> np.ndarray:
+    """Golden vectors from all over the split, not from one class at its start."""
+    return np.asarray(rows[:: max(1, len(rows) // bundle.GOLDEN_IMAGES)][: bundle.GOLDEN_IMAGES])
+
+
+def read_report(book: ledger.Ledger, baseline: Trial, winner: Trial, split: Any, job: Job, folder: Path,
+                log: Log) -> tuple[Final, np.ndarray, np.ndarray]:  # fmt: skip
+    """Original and winner on the report images. The answers are kept, so that a resumed run reads them back."""
+    file = folder / "artifacts" / f"report-{winner.id}.npz"
+    if book.final and book.final[0] == winner.id and file.exists():
+        with np.load(file, allow_pickle=False) as kept:
+            return book.final[1], kept["before"], kept["after"]
+    log(f"reading the {len(split)} report images once, for {winner.recipe.title}")
+    before = workshop.final_outputs(baseline, folder, split, job)
+    after = before if winner.id == baseline.id else workshop.final_outputs(winner, folder, split, job)
+    task, labels = get("tasks", job.task), split.labels
+    final = Final(task.score(before, labels), task.score(after, labels), task.drop(before, after, labels),
+                  len(task.flipped(before, after)), task.per_class(before, after, labels, job.data.classes),
+                  task.extra(after, labels))  # fmt: skip
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, before=before, after=after)
+    write_whole(file, buffer.getvalue())
+    book.append("final", {"winner": winner.id, "final": final})
+    return final, before, after
+
+
+def thumbnails(folder: Path, split: Any, before: np.ndarray, after: np.ndarray) -> tuple[dict[str, Any], ...]:
+    """Small pictures of report images whose answer changed, with all three answers."""
+    rows = np.flatnonzero(before.argmax(1) != after.argmax(1))[:FLIPS_SHOWN]
+    labels, shown = split.labels, []
+    for k, row in enumerate(rows.tolist()):
+        pixels = split.ready[row]
+        entry = {"image": split.images.name(int(split.rows[row])), "truth": int(labels[row]),
+                 "before": int(before[row].argmax()), "after": int(after[row].argmax())}  # fmt: skip
+        if pixels.dtype == np.uint8:
+            entry["thumbnail"] = f"flips/{k}.png"
+            write_whole(folder / "flips" / f"{k}.png", _png(pixels))
+        shown.append(entry)
+    return tuple(shown)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image.thumbnail((128, 128))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

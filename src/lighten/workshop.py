@@ -1,0 +1,175 @@
+"""Recipe to artifact (build), artifact to evidence (examine)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gzip
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten import bench
+from lighten.data.cache import room_to_write, sha256_file, whole_folder
+from lighten.data.splits import Split
+from lighten.errors import DiskFull, LightenError, RefusedFormat
+from lighten.plugins import get
+from lighten.types import Agreement, Artifact, Evidence, Failure, Job, Recipe, Size, Trial
+
+FIDELITY_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact on disk, and the torch module it was exported from (for fidelity)."""
+
+    artifact: Artifact
+    module: Any
+    layers: tuple[dict[str, Any], ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the untouched original answers, in torch: drop and drift are measured against it."""
+
+    select: Split
+    outputs: np.ndarray
+
+
+def attempt(recipe: Recipe, job: Job, reference: Reference, folder: Path, timing: bench.Timing) -> Trial:
+    """Build and examine; what fails becomes a failed trial with its stage and reason, never a failed run."""
+    stage = "being built"
+    try:
+        built = build(recipe, job, folder)
+        stage = "being measured"
+        evidence = examine(built, job, reference, folder, timing)
+        return Trial(recipe, built.artifact, evidence, build_s=built.seconds, layers=built.layers)
+    except DiskFull:
+        raise
+    except LightenError as e:
+        return Trial(recipe, failure=Failure(stage, e.what))
+    except Exception as e:  # noqa: BLE001 - the one broad catch: a backend's own exceptions become a failed trial
+        return Trial(recipe, failure=Failure(stage, f"{type(e).__name__}: {str(e)[:300]}"))
+
+
+def build(recipe: Recipe, job: Job, folder: Path) -> Built:
+    """Copy the model once, let each step own the copy, export whole or not at all to `folder`/ID."""
+    began = time.perf_counter()
+    format = get("formats", recipe.format, needs="REQUIRES")
+    if reason := format.refuses(recipe.precision, job.device):
+        raise RefusedFormat(f"{recipe.format} refuses: {reason}.")
+    module = apply_steps(recipe, job)
+    with whole_folder(folder / recipe.id) as room:
+        file = room / f"model{format.SUFFIX}"
+        companions = format.export(module, input_shape(job), file, recipe.precision, job.device)
+    path = folder / recipe.id / f"model{format.SUFFIX}"
+    artifact = Artifact(
+        f"{folder.name}/{recipe.id}/{path.name}",
+        recipe.format,
+        sha256_file(path),
+        tuple(c.name for c in companions),
+    )
+    return Built(
+        artifact, module, tuple(getattr(module, "meta", {}).get("layers", ())), time.perf_counter() - began
+    )
+
+
+def apply_steps(recipe: Recipe, job: Job) -> Any:
+    """The module that the recipe's steps make of a copy of the original."""
+    module = copy.deepcopy(job.original).eval()
+    job = dataclasses.replace(job, precision=recipe.precision)
+    for step in recipe.steps:
+        module = get("methods", step.method, needs="REQUIRES").Step(**dict(step.settings)).apply(module, job)
+    return module
+
+
+def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: bench.Timing) -> Evidence:
+    """Everything that is known of an artifact, from the file itself in its own runtime."""
+    task, select = get("tasks", job.task), reference.select
+    path = folder.parent / built.artifact.path
+    got = bench.measure(path, built.artifact.format, select.ready, job.preprocess, timing=timing)
+    before, labels = reference.outputs, select.labels
+    return Evidence(
+        metric_name=task.METRIC,
+        metric=task.score(got.outputs, labels),
+        drop=task.drop(before, got.outputs, labels),
+        extra=task.extra(got.outputs, labels),
+        flipped=len(task.flipped(before, got.outputs)),
+        classes=task.per_class(before, got.outputs, labels, job.data.classes),
+        latency=got.latency,
+        throughput=got.throughput,
+        memory_mb=got.memory_mb,
+        size=size_of(path, built.artifact),
+        fidelity=agreement(
+            torch_outputs(built.module, job, select.take(FIDELITY_IMAGES)), got.outputs[:FIDELITY_IMAGES]
+        ),
+        drift=agreement(before, got.outputs),
+        runtime=got.runtime,
+    )
+
+
+def torch_outputs(module: Any, job: Job, split: Split) -> np.ndarray:
+    """What the torch module itself answers."""
+    from lighten.kit.infer import outputs
+
+    return outputs(module, split, job.preprocess, progress=job.progress)
+
+
+def agreement(reference: np.ndarray, got: np.ndarray) -> Agreement:
+    """How alike two sets of outputs (N, classes) are."""
+    difference = np.abs(reference.astype(np.float64) - got)
+    noise, signal = float((difference**2).sum()), float((reference.astype(np.float64) ** 2).sum())
+    sqnr = 10 * float(np.log10(signal / noise)) if noise and signal else float("inf")
+    same = float((reference.argmax(1) == got.argmax(1)).mean())
+    return Agreement(
+        len(got), 100 * same, float(difference.mean()), float(difference.max()), min(sqnr, 999.0)
+    )
+
+
+def files_of(path: Path, artifact: Artifact) -> tuple[Path, ...]:
+    """The artifact and its companions."""
+    return (path, *(path.parent / name for name in artifact.companions))
+
+
+def size_of(path: Path, artifact: Artifact) -> Size:
+    """Bytes on disk of every file of the artifact, gzipped too, and each stored tensor."""
+    files = files_of(path, artifact)
+    zipped = sum(len(gzip.compress(f.read_bytes(), 6)) for f in files)
+    return Size(sum(f.stat().st_size for f in files), zipped, get("formats", artifact.format).weights(path))
+
+
+def final_outputs(trial: Trial, run_folder: Path, split: Split, job: Job) -> np.ndarray:
+    """The artifact's answers on one split, without timing."""
+    assert trial.artifact is not None
+    path = run_folder / trial.artifact.path
+    return bench.measure(path, trial.artifact.format, split.ready, job.preprocess, timing=None).outputs
+
+
+def is_whole(trial: Trial, run_folder: Path) -> bool:
+    """Whether a finished trial's files are still what they were."""
+    if trial.artifact is None:
+        return True
+    path = run_folder / trial.artifact.path
+    files = files_of(path, trial.artifact)
+    return all(f.exists() for f in files) and sha256_file(path) == trial.artifact.sha256
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted build left half-written."""
+    if folder.is_dir():
+        with room_to_write(folder):
+            for left in folder.glob(".*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def input_shape(job: Job) -> tuple[int, ...]:
+    """(C, H, W) of one input."""
+    if job.preprocess is not None:
+        return job.preprocess.input_shape
+    first = job.data.calibrate.inputs(None, slice(0, 1))
+    return tuple(first.shape[1:])
