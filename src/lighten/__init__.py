@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"compress": "lighten.walk", "Settings": "lighten.walk", "load_data": "lighten.data",
-          **dict.fromkeys(("Budget", "Data", "Precision", "Preprocess", "Recipe", "Result"), "lighten.types")}  # fmt: skip
+_HOMES = {
+    "compress": "lighten.walk",
+    "Settings": "lighten.walk",
+    "load_data": "lighten.data",
+    **dict.fromkeys(("Budget", "Data", "Precision", "Preprocess", "Recipe", "Result"), "lighten.types"),
+}
 __all__ = [
     "Budget",
     "Data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -69,9 +70,7 @@ def peak_memory_mb() -> float:
         rows = Path("/proc/self/status").read_text().splitlines()
         return int(next(r for r in rows if r.startswith("VmHWM")).split()[1]) / 1024
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            1 << 20 if sys.platform == "darwin" else 1 << 10
-        )
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def thread_counts() -> tuple[int, ...]:
@@ -79,8 +78,16 @@ def thread_counts() -> tuple[int, ...]:
     return tuple(sorted({1, usable_threads()}))
 
 
-def measure(path: Path, format: str, pixels: np.ndarray, how: Preprocess | None, *, timing: Timing | None = Timing(),
-            batch: int = 32, timeout_s: float = 3600) -> Readings:  # fmt: skip
+def measure(
+    path: Path,
+    format: str,
+    pixels: np.ndarray,
+    how: Preprocess | None,
+    *,
+    timing: Timing | None = Timing(),
+    batch: int = 32,
+    timeout_s: float = 3600,
+) -> Readings:
     """Run the artifact at `path` over `pixels` (N, H, W, C) in a fresh process; no timing where `timing` is None.
 
     Raises CrashedRuntime where the process dies, BadBundle and others as the format's loader gives them.
@@ -120,9 +127,7 @@ def _run_child(folder: Path, timeout_s: float, path: Path) -> None:
     if done.returncode or not (folder / "reply.json").exists():
         why = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
         tail = " ".join(done.stderr.strip().splitlines()[-2:])[-300:]
-        raise CrashedRuntime(
-            f"The runtime died on {path.name} ({why}). {tail}".strip(), "Try another format."
-        )
+        raise CrashedRuntime(f"The runtime died on {path.name} ({why}). {tail}".strip(), "Try another format.")
 
 
 def _child(folder: Path) -> None:
@@ -134,9 +139,7 @@ def _child(folder: Path) -> None:
     latency = []
     for threads in thread_counts() if request["timing"] else ():
         one, run = inputs_of(pixels[:1], how), module.load(path, threads)
-        latency.append(
-            Latency(threads, samples_ms(lambda r=run, x=one: r(x), from_json(Timing, request["timing"])))
-        )
+        latency.append(Latency(threads, samples_ms(functools.partial(run, one), from_json(Timing, request["timing"]))))
     memory_mb = peak_memory_mb()
     outputs, rate = _all_outputs(module.load(path, usable_threads()), pixels, how, request["batch"])
     np.save(folder / "outputs.npy", outputs)
@@ -149,9 +152,7 @@ def _child(folder: Path) -> None:
     (folder / "reply.json").write_text(json.dumps(reply))
 
 
-def _all_outputs(
-    run: Run, pixels: np.ndarray, how: Preprocess | None, batch: int
-) -> tuple[np.ndarray, float]:
+def _all_outputs(run: Run, pixels: np.ndarray, how: Preprocess | None, batch: int) -> tuple[np.ndarray, float]:
     """Outputs of every image, and images per second of the runs alone."""
     parts, spent = [], 0.0
     for start in range(0, len(pixels), batch):

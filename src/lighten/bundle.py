@@ -68,16 +68,10 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
             shutil.copyfile(file, room / file.name)
         _write_golden(room, winner, pixels, outputs)
         shutil.copyfile(_FILES / "run.py", room / "run.py")
-        write_whole(
-            room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh))
-        )
+        write_whole(room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh)))
         write_whole(room / "README.md", readme(result))
         shape = (
-            pixels.shape[1:]
-            if pixels.dtype != np.uint8
-            else result.preprocess.input_shape
-            if result.preprocess
-            else ()
+            pixels.shape[1:] if pixels.dtype != np.uint8 else result.preprocess.input_shape if result.preprocess else ()
         )
         manifest = describe(result, [int(n) for n in shape])
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(room.iterdir())}
@@ -102,11 +96,21 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
     evidence["size"].pop("weights")
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"file": Path(winner.artifact.path).name, "format": winner.artifact.format, "sha256": winner.artifact.sha256,
-                  "companions": list(winner.artifact.companions), "source": result.model},
+        "model": {
+            "file": Path(winner.artifact.path).name,
+            "format": winner.artifact.format,
+            "sha256": winner.artifact.sha256,
+            "companions": list(winner.artifact.companions),
+            "source": result.model,
+        },
         "task": result.task,
         "input": {"name": "input", "shape": ["batch", *shape], "layout": "NCHW", "dtype": "float32"},
-        "output": {"name": "output", "shape": ["batch", len(result.classes)], "dtype": "float32", "meaning": "scores before softmax"},
+        "output": {
+            "name": "output",
+            "shape": ["batch", len(result.classes)],
+            "dtype": "float32",
+            "meaning": "scores before softmax",
+        },
         "preprocessing": to_json(result.preprocess),
         "labels": [{"name": en, "name_zh": zh} for en, zh in zip(result.classes, result.classes_zh)],
         "recipe": to_json(winner.recipe),
@@ -118,7 +122,7 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
         "verdict": result.verdict,
         "misses": to_json(result.misses),
         "environment": result.environment,
-    }  # fmt: skip
+    }
 
 
 def readme(result: Result) -> str:
@@ -131,13 +135,19 @@ def readme(result: Result) -> str:
 
     runtime = "openvino" if winner.artifact.format == "openvino" else "onnxruntime"
     values = {
-        "file": Path(winner.artifact.path).name, "runtime": runtime, "ran": winner.evidence.runtime,
-        "precision": winner.recipe.precision.title, "verdict": result.verdict,
-        "size": f"{winner.evidence.size.mb:.2f}", "accuracy": f"{result.final.winner.value:.2f}",
-        "before": f"{result.final.baseline.value:.2f}", "n": str(result.final.winner.n),
-        "preprocess": in_words(how), "classes": str(len(result.classes)),
+        "file": Path(winner.artifact.path).name,
+        "runtime": runtime,
+        "ran": winner.evidence.runtime,
+        "precision": winner.recipe.precision.title,
+        "verdict": result.verdict,
+        "size": f"{winner.evidence.size.mb:.2f}",
+        "accuracy": f"{result.final.winner.value:.2f}",
+        "before": f"{result.final.baseline.value:.2f}",
+        "n": str(result.final.winner.n),
+        "preprocess": in_words(how),
+        "classes": str(len(result.classes)),
         "shape": " x ".join(["batch", *map(str, how.input_shape)]) if how else "see manifest.json",
-    }  # fmt: skip
+    }
     for key, value in values.items():
         texts = texts.replace("{" + key + "}", value)
     return texts
@@ -148,11 +158,7 @@ def load(folder: Path) -> Bundle:
     file = folder / "manifest.json"
     if not file.is_file():
         inside = folder / "bundle"
-        hint = (
-            f"Did you mean {inside}?"
-            if (inside / "manifest.json").is_file()
-            else "A bundle is runs/NAME/bundle."
-        )
+        hint = f"Did you mean {inside}?" if (inside / "manifest.json").is_file() else "A bundle is runs/NAME/bundle."
         raise BadBundle(f"{folder} is not a bundle: it has no manifest.json.", hint)
     try:
         manifest = json.loads(file.read_text("utf-8"))
@@ -197,7 +203,9 @@ def verify(bundle: Bundle) -> tuple[bool, str]:
         return False, f"outputs have shape {got.shape}, not {golden['outputs'].shape}"
     worst, atol = float(np.abs(got - golden["outputs"]).max()), float(golden["atol"])
     same = int((got.argmax(1) == golden["outputs"].argmax(1)).sum())
-    text = f"{same} of {len(got)} golden answers are the same, outputs differ by at most {worst:.3g} (allowed {atol:.3g})"
+    text = (
+        f"{same} of {len(got)} golden answers are the same, outputs differ by at most {worst:.3g} (allowed {atol:.3g})"
+    )
     return bool(worst <= atol), text
 
 

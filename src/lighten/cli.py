@@ -14,13 +14,16 @@ import typer
 
 from lighten import errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="From a trained vision model and a budget to verified files that run on the device.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="From a trained vision model and a budget to verified files that run on the device.",
+)
 
 Lang = Annotated[str, typer.Option(help="Language of labels and reports: en or zh.")]
-Numbers = Annotated[
-    str | None, typer.Option(help="Comma-separated, one per channel, e.g. 0.485,0.456,0.406.")
-]
+Numbers = Annotated[str | None, typer.Option(help="Comma-separated, one per channel, e.g. 0.485,0.456,0.406.")]
 BundleArg = Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/bundle.")]
 
 
@@ -66,13 +69,9 @@ def data(name: Annotated[str, typer.Argument(help="cifar10 or fashion-mnist.")])
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="e.g. configs/resnet18-cifar10.yaml")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of checkpoint and record; overrides the config's.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of checkpoint and record; overrides the config's.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow FILE.py:CALLABLE architectures.")
-    ] = False,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow FILE.py:CALLABLE architectures.")] = False,
 ) -> None:
     """Train a baseline as a YAML says; run it again to resume. Several GPUs: torchrun --no-python lighten train ..."""
     _need_torch("train")
@@ -145,9 +144,7 @@ def compress(
         str | None, typer.Option(help="torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.")
     ] = None,
     classes: Annotated[int | None, typer.Option(help="Read off the weights if not given.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder of class folders, or cifar10, fashion-mnist, demo.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of class folders, or cifar10, fashion-mnist, demo.")] = None,
     device: Annotated[str | None, typer.Option(help="Target device [this-machine].")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may be lost.")] = None,
     min_shrink: Annotated[float | None, typer.Option(help="Percent of the bytes that must go.")] = None,
@@ -158,9 +155,7 @@ def compress(
     max_latency_ms: Annotated[
         float | None, typer.Option(help="Median, one image, one thread, on this machine.")
     ] = None,
-    max_memory_mb: Annotated[
-        float | None, typer.Option(help="Peak of the process that runs single images.")
-    ] = None,
+    max_memory_mb: Annotated[float | None, typer.Option(help="Peak of the process that runs single images.")] = None,
     time: Annotated[str | None, typer.Option(help="Start no new trial after, e.g. 90s, 20m, 1h.")] = None,
     input_size: Annotated[str | None, typer.Option(help="224, or 224x320 (height x width).")] = None,
     resize: Annotated[
@@ -171,19 +166,13 @@ def compress(
     std: Numbers = None,
     channel_order: Annotated[str | None, typer.Option(help="RGB, BGR or GRAY.")] = None,
     formats: Annotated[str | None, typer.Option(help="Comma-separated; else those of the device.")] = None,
-    precisions: Annotated[
-        str | None, typer.Option(help="Comma-separated of float32, float16, int8; else all.")
-    ] = None,
+    precisions: Annotated[str | None, typer.Option(help="Comma-separated of float32, float16, int8; else all.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where run folders are [runs].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the splits [0].")] = None,
     lang: Annotated[str | None, typer.Option(help="Report and messages: en or zh [en].")] = None,
-    strict: Annotated[
-        bool | None, typer.Option("--strict", help="Refuse data with unreadable images.")
-    ] = None,
-    fresh: Annotated[
-        bool | None, typer.Option("--fresh", help="Throw the earlier run of this name away.")
-    ] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Refuse data with unreadable images.")] = None,
+    fresh: Annotated[bool | None, typer.Option("--fresh", help="Throw the earlier run of this name away.")] = None,
     trust_code: Annotated[
         bool | None, typer.Option("--trust-code", help="Allow FILE.py:CALLABLE architectures.")
     ] = None,
@@ -201,8 +190,12 @@ def compress(
 
 
 @app.command()
-def run(bundle: BundleArg, images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
-        lang: Lang = "en", top: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 3) -> None:  # fmt: skip
+def run(
+    bundle: BundleArg,
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
+    lang: Lang = "en",
+    top: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 3,
+) -> None:
     """Labels of images, in English or 中文."""
     from lighten.runner import answers
     from lighten.terminal import console, escape
@@ -214,8 +207,7 @@ def run(bundle: BundleArg, images: Annotated[list[Path], typer.Argument(help="Im
             console.print(f"[red]✗[/] {escape(row.problem)}", soft_wrap=True)
         else:
             console.print(
-                f"{escape(str(row.image))}  "
-                + "  ".join(f"{escape(n)} {100 * p:.1f} %" for n, p in row.labels),
+                f"{escape(str(row.image))}  " + "  ".join(f"{escape(n)} {100 * p:.1f} %" for n, p in row.labels),
                 soft_wrap=True,
             )
     raise typer.Exit(errors.EXIT_INPUT if failed else errors.EXIT_PASS)
@@ -245,9 +237,7 @@ def verify(bundle: BundleArg) -> None:
 
 
 @app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/NAME.")], lang: Lang = "en"
-) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/NAME.")], lang: Lang = "en") -> None:
     """Rebuild the report of a run; nothing is measured again."""
     from lighten.report import read_result, write
     from lighten.terminal import console
@@ -272,10 +262,22 @@ def init(path: Annotated[Path, typer.Argument()] = Path("lighten.yaml")) -> None
 # --- helpers ----------------------------------------------------------------------------------------
 
 
-def _preprocess(input_size: str | None, resize: int | None, interpolation: str | None, mean: str | None, std: str | None,
-                channel_order: str | None) -> dict[str, Any]:  # fmt: skip
-    return {"input_size": input_size, "resize": resize, "interpolation": interpolation, "mean": mean, "std": std,
-            "channel_order": channel_order}  # fmt: skip
+def _preprocess(
+    input_size: str | None,
+    resize: int | None,
+    interpolation: str | None,
+    mean: str | None,
+    std: str | None,
+    channel_order: str | None,
+) -> dict[str, Any]:
+    return {
+        "input_size": input_size,
+        "resize": resize,
+        "interpolation": interpolation,
+        "mean": mean,
+        "std": std,
+        "channel_order": channel_order,
+    }
 
 
 def _language(lang: str) -> str:

@@ -52,7 +52,7 @@ def read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
         raise BadConfig(f"{path} is larger than 1 MB.", "That is no settings file.")
     try:
         values = yaml.load(text, _Strict)  # noqa: S506 - a SafeLoader subclass
-        node = yaml.compose(text, yaml.SafeLoader)
+        node: Any = yaml.compose(text, yaml.SafeLoader)
     except BadConfig as e:
         raise BadConfig(f"{path}, {e.what}", e.to_do) from None
     except (yaml.YAMLError, RecursionError) as e:
@@ -67,9 +67,7 @@ def read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def check_keys(
-    values: dict[str, Any], known: Iterable[str], where: str, lines: dict[Any, int] | None = None
-) -> None:
+def check_keys(values: dict[str, Any], known: Iterable[str], where: str, lines: dict[Any, int] | None = None) -> None:
     """Raises BadConfig for the first unknown key, with its line where that is known."""
     known = list(known)
     for key in values:

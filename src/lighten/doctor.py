@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from lighten import devices, plugins
 from lighten.machine import environment, this_machine, version
 
-TOOLS = {"torch": "compress", "torchao": "compress", "torchvision": "compress", "timm": "compress", "onnx": "onnx",
-         "onnxscript": "onnx", "openvino": "openvino", "jinja2": "compress"}  # fmt: skip
+TOOLS = {
+    "torch": "compress",
+    "torchao": "compress",
+    "torchvision": "compress",
+    "timm": "compress",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "jinja2": "compress",
+}
 
 
 @dataclass(frozen=True)

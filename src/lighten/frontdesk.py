@@ -90,10 +90,21 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
 
     problems: list[LightenError] = []
     budget = _collect(problems, lambda: _budget(options))
-    settings = _collect(problems, lambda: Settings(
-        name=options.name, out=Path(options.out), seed=options.seed, formats=_words(options.formats),
-        precisions=_words(options.precisions), strict=options.strict, fresh=options.fresh, lang=options.lang,
-        model_name=model_name(options), command=options.command))  # fmt: skip
+    settings = _collect(
+        problems,
+        lambda: Settings(
+            name=options.name,
+            out=Path(options.out),
+            seed=options.seed,
+            formats=_words(options.formats),
+            precisions=_words(options.precisions),
+            strict=options.strict,
+            fresh=options.fresh,
+            lang=options.lang,
+            model_name=model_name(options),
+            command=options.command,
+        ),
+    )
     device = _collect(problems, lambda: _device(options.device))
     loaded = _collect(problems, lambda: load_model(_model_in(options)))
     if problems:
@@ -103,8 +114,16 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
     for notice in loaded.notices:
         log(notice)
     data = "demo" if options.data is None else options.data
-    return compress(loaded.module, data, budget, device or "this-machine", preprocess=loaded.preprocess, settings=settings,
-                    progress=progress, log=log)  # fmt: skip
+    return compress(
+        loaded.module,
+        data,
+        budget,
+        device or "this-machine",
+        preprocess=loaded.preprocess,
+        settings=settings,
+        progress=progress,
+        log=log,
+    )
 
 
 def model_name(options: Options) -> str:
@@ -114,10 +133,7 @@ def model_name(options: Options) -> str:
 
 
 def _model_in(options: Options) -> ModelIn:
-    how = {
-        k: getattr(options, k)
-        for k in ("input_size", "resize", "interpolation", "mean", "std", "channel_order")
-    }
+    how = {k: getattr(options, k) for k in ("input_size", "resize", "interpolation", "mean", "std", "channel_order")}
     return ModelIn(options.model or "", options.arch, options.classes, options.trust_code, how)
 
 
@@ -140,9 +156,7 @@ def _collect(problems: list[LightenError], make: Any) -> Any:
 def _together(problems: list[LightenError]) -> LightenError:
     if len(problems) == 1:
         return problems[0]
-    what = f"{len(problems)} problems:\n" + "\n".join(
-        f"  {i}. {p.what} {p.to_do}" for i, p in enumerate(problems, 1)
-    )
+    what = f"{len(problems)} problems:\n" + "\n".join(f"  {i}. {p.what} {p.to_do}" for i, p in enumerate(problems, 1))
     return BadConfig(what, "Mend them all, then run it again.")
 
 
@@ -163,9 +177,7 @@ def seconds(text: Any) -> float | None:
 def _words(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    return tuple(
-        w.strip() for w in (value.split(",") if isinstance(value, str) else map(str, value)) if w.strip()
-    )
+    return tuple(w.strip() for w in (value.split(",") if isinstance(value, str) else map(str, value)) if w.strip())
 
 
 # --- the model --------------------------------------------------------------------------------------
@@ -193,9 +205,7 @@ def load_model(wanted: ModelIn) -> Loaded:
             "--arch is not given.",
             "Write --arch torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.",
         )
-    module, notices = load(
-        Path(wanted.path), wanted.arch, classes=wanted.classes, trust_code=wanted.trust_code
-    )
+    module, notices = load(Path(wanted.path), wanted.arch, classes=wanted.classes, trust_code=wanted.trust_code)
     known = own_preprocess(wanted.arch, module)
     how = preprocess_of(wanted.preprocess, known)
     if how is known and known is not None:
@@ -285,15 +295,17 @@ def inspect_model(wanted: ModelIn, data: str | None, device: str, progress: Prog
     target, loaded = devices.load(device), load_model(wanted)
     model, how = loaded.module, loaded.preprocess
     count = sum(p.numel() for p in model.parameters())
-    rows = {"weights": wanted.path, "architecture": wanted.arch or "lighten:resnet20", "parameters": f"{count / 1e6:.2f} million ({count * 4 / 1e6:.1f} MB as float32)",
-            "preprocessing": describe(how) if how else "not known: give --input-size, --mean, --std"}  # fmt: skip
+    rows = {
+        "weights": wanted.path,
+        "architecture": wanted.arch or "lighten:resnet20",
+        "parameters": f"{count / 1e6:.2f} million ({count * 4 / 1e6:.1f} MB as float32)",
+        "preprocessing": describe(how) if how else "not known: give --input-size, --mean, --std",
+    }
     if how is not None:
         rows["classes"] = str(check_output(model, how.input_shape, None))
     kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
     shown, findings = _inspect_data(data, how, progress) if data else ({}, ())
-    return Inspection(
-        rows, dict(kinds.most_common()), format_matrix(target), shown, (*loaded.notices, *findings)
-    )
+    return Inspection(rows, dict(kinds.most_common()), format_matrix(target), shown, (*loaded.notices, *findings))
 
 
 def format_matrix(device: Device) -> dict[str, str]:
@@ -317,9 +329,7 @@ def _precision_cell(precision: Precision, reason: str | None) -> str:
     return precision.title if reason is None else f"{precision.title} refused ({reason})"
 
 
-def _inspect_data(
-    data: str, how: Preprocess | None, progress: Progress
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _inspect_data(data: str, how: Preprocess | None, progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
     from lighten.data import load
     from lighten.data.doctor import examine
 

@@ -90,7 +90,5 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise RunLocked(
-                f"Another lighten works in {folder}.", "Wait for it, or give another --name."
-            ) from e
+            raise RunLocked(f"Another lighten works in {folder}.", "Wait for it, or give another --name.") from e
         yield

@@ -11,8 +11,24 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-INTERESTING = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "f16c",
-               "asimd", "asimddp", "i8mm", "bf16", "sve", "fphp", "asimdhp")  # fmt: skip
+INTERESTING = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "f16c",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "fphp",
+    "asimdhp",
+)
 PACKAGES = (
     "lighten",
     "numpy",
@@ -104,9 +120,7 @@ def _gpus() -> tuple[str, ...]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    return (
-        tuple(row.strip() for row in done.stdout.splitlines() if row.strip()) if done.returncode == 0 else ()
-    )
+    return tuple(row.strip() for row in done.stdout.splitlines() if row.strip()) if done.returncode == 0 else ()
 
 
 def _read(path: str) -> str:

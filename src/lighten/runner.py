@@ -73,8 +73,14 @@ def bench_bundle(folder: Path, out: Path | None = None) -> dict[str, Any]:
     pixels = np.concatenate([golden["pixels"]] * 8)
     got = bench.measure(found.model, found.format, pixels, found.preprocess)
     if out is not None:
-        record = {"latency": to_json(got.latency), "throughput": got.throughput, "memory_mb": got.memory_mb,
-                  "runtime": got.runtime, "model_sha256": found.manifest["model"]["sha256"], "environment": environment()}  # fmt: skip
+        record = {
+            "latency": to_json(got.latency),
+            "throughput": got.throughput,
+            "memory_mb": got.memory_mb,
+            "runtime": got.runtime,
+            "model_sha256": found.manifest["model"]["sha256"],
+            "environment": environment(),
+        }
         write_whole(out, json.dumps(record, indent=1))
     rows: dict[str, Any] = {"runtime": got.runtime, "processor": environment()["processor"]}
     for row in got.latency:

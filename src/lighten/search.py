@@ -67,14 +67,21 @@ def advise(
     """What the measurements say beyond the verdict."""
     rows: list[Advice] = []
     if not same_machine:
-        rows.append(Advice(
-            f"Times were measured on this machine, not on {device.title}: run `lighten bench` with the bundle there.",
-            f"耗时是在本机测得的，不是在{device.title_zh}上：请在设备上对交付包运行 `lighten bench`。"))  # fmt: skip
+        rows.append(
+            Advice(
+                f"Times were measured on this machine, not on {device.title}: run `lighten bench` with the bundle there.",
+                f"耗时是在本机测得的，不是在{device.title_zh}上：请在设备上对交付包运行 `lighten bench`。",
+            )
+        )
     rows += [a for t in trials if same_machine and (a := _slow_advice(t, trials))]
     for t in trials:
         if t.failure:
-            rows.append(Advice(f"{t.recipe.title} failed while it was {t.failure.stage}: {t.failure.reason}",
-                               f"{t.recipe.title} 失败（{t.failure.stage}）：{t.failure.reason}"))  # fmt: skip
+            rows.append(
+                Advice(
+                    f"{t.recipe.title} failed while it was {t.failure.stage}: {t.failure.reason}",
+                    f"{t.recipe.title} 失败（{t.failure.stage}）：{t.failure.reason}",
+                )
+            )
     rows += [_miss_advice(m) for m in misses]
     return tuple(rows)
 
@@ -83,33 +90,46 @@ def _slow_advice(trial: Trial, trials: Sequence[Trial]) -> Advice | None:
     """A quantized file that is not faster than the float file of its own format."""
     if not trial.evidence or trial.recipe.precision.weights == "float32":
         return None
-    plain = next((t.evidence for t in trials if t.evidence and t.recipe.format == trial.recipe.format
-                  and t.recipe.precision.weights == "float32" and not t.recipe.steps), None)  # fmt: skip
+    plain = next(
+        (
+            t.evidence
+            for t in trials
+            if t.evidence
+            and t.recipe.format == trial.recipe.format
+            and t.recipe.precision.weights == "float32"
+            and not t.recipe.steps
+        ),
+        None,
+    )
     if plain is None or trial.evidence.p50(1) < plain.p50(1):
         return None
     times = f"{trial.evidence.p50(1):.2f} ms / {plain.p50(1):.2f} ms"
-    return Advice(f"{trial.recipe.title} is not faster than float32 on this machine ({times}): use it for its size, not for speed.",
-                  f"{trial.recipe.title} 在本机并不比 float32 快（{times}）：它只省体积，不提速。")  # fmt: skip
+    return Advice(
+        f"{trial.recipe.title} is not faster than float32 on this machine ({times}): use it for its size, not for speed.",
+        f"{trial.recipe.title} 在本机并不比 float32 快（{times}）：它只省体积，不提速。",
+    )
 
 
 HINTS = {
-    "max_drop": ("Give more calibration images of the kind the device will see, or allow a larger drop.",
-                 "请提供更多与实际场景相近的校准图片，或放宽精度下降的上限。"),
+    "max_drop": (
+        "Give more calibration images of the kind the device will see, or allow a larger drop.",
+        "请提供更多与实际场景相近的校准图片，或放宽精度下降的上限。",
+    ),
     "min_shrink": ("Quantization alone shrinks by at most about 75 %.", "仅靠量化最多缩小约 75 %。"),
     "max_size_mb": ("Quantization alone shrinks by at most about 75 %.", "仅靠量化最多缩小约 75 %。"),
     "min_speedup": ("Choose a smaller input size or a smaller architecture.", "请减小输入尺寸，或换用更小的网络。"),
     "max_latency_ms": ("Choose a smaller input size or a smaller architecture.", "请减小输入尺寸，或换用更小的网络。"),
-    "max_memory_mb": ("Choose a smaller input size; the runtime itself takes some 50 to 100 MB.",
-                      "请减小输入尺寸；运行库本身约占 50 到 100 MB。"),
-}  # fmt: skip
+    "max_memory_mb": (
+        "Choose a smaller input size; the runtime itself takes some 50 to 100 MB.",
+        "请减小输入尺寸；运行库本身约占 50 到 100 MB。",
+    ),
+}
 
 
 def _miss_advice(miss: Miss) -> Advice:
     en, zh = HINTS[miss.limit]
     by = abs(miss.got - miss.wanted)
-    return Advice(
-        f"{miss.limit} is missed by {by:.3g}{miss.unit}. {en}", f"{miss.limit} 差 {by:.3g}{miss.unit}。{zh}"
-    )
+    return Advice(f"{miss.limit} is missed by {by:.3g}{miss.unit}. {en}", f"{miss.limit} 差 {by:.3g}{miss.unit}。{zh}")
 
 
 def pareto(trials: Iterable[Trial]) -> tuple[str, ...]:

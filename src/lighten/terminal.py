@@ -55,8 +55,14 @@ def progress_bar() -> Iterator[Bar]:
     if not console.is_terminal:
         yield Bar(None)
         return
-    columns = (TextColumn("  {task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bar(progress)
 
@@ -73,9 +79,7 @@ def trials_table(result: Result) -> Table:
     assert base is not None
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 1))
     for name in ("", "recipe", "MB", "smaller", "top-1 %", "drop", "ms", "faster", "RAM MB"):
-        table.add_column(
-            name, justify="left" if name in ("", "recipe") else "right", no_wrap=name != "recipe"
-        )
+        table.add_column(name, justify="left" if name in ("", "recipe") else "right", no_wrap=name != "recipe")
     for trial in (result.baseline, *result.trials):
         mark = "★" if trial.id == result.winner else ""
         title = trial.recipe.title + (" (original)" if trial.id == result.baseline.id else "")
@@ -87,8 +91,15 @@ def _cells(trial: Trial, base: Evidence) -> list[str]:
     e = trial.evidence
     if e is None:
         return ["[red]failed[/]", "", "", "", "", "", ""]
-    return [f"{e.size.mb:.2f}", f"{shrink(e, base):.0f} %", f"{e.metric.value:.2f} ±{e.metric.error:.2f}", f"{e.drop.value:+.2f}",
-            f"{e.p50(1):.2f}", f"{speedup(e, base):.1f}x", f"{e.memory_mb:.0f}"]  # fmt: skip
+    return [
+        f"{e.size.mb:.2f}",
+        f"{shrink(e, base):.0f} %",
+        f"{e.metric.value:.2f} ±{e.metric.error:.2f}",
+        f"{e.drop.value:+.2f}",
+        f"{e.p50(1):.2f}",
+        f"{speedup(e, base):.1f}x",
+        f"{e.memory_mb:.0f}",
+    ]
 
 
 def print_result(result: Result, lang: str) -> None:
@@ -101,11 +112,15 @@ def print_result(result: Result, lang: str) -> None:
     console.print()
     for advice in result.advice:
         console.print(f"  [yellow]![/] {escape(advice.zh if lang == 'zh' else advice.en)}", soft_wrap=True)
-    said = (f"{winner.recipe.title}: {shrink(winner.evidence, base):.1f} % smaller, {speedup(winner.evidence, base):.2f}x faster, "
-            f"top-1 {final.winner} % against {final.baseline} % (drop {final.drop} pt) on the {final.winner.n} report images")  # fmt: skip
+    said = (
+        f"{winner.recipe.title}: {shrink(winner.evidence, base):.1f} % smaller, {speedup(winner.evidence, base):.2f}x faster, "
+        f"top-1 {final.winner} % against {final.baseline} % (drop {final.drop} pt) on the {final.winner.n} report images"
+    )
     if lang == "zh":
-        said = (f"{winner.recipe.title}：缩小 {shrink(winner.evidence, base):.1f} %，提速 {speedup(winner.evidence, base):.2f} 倍，"
-                f"在 {final.winner.n} 张报告图片上 top-1 {final.winner} %，原模型 {final.baseline} %（下降 {final.drop} 个百分点）")  # fmt: skip
+        said = (
+            f"{winner.recipe.title}：缩小 {shrink(winner.evidence, base):.1f} %，提速 {speedup(winner.evidence, base):.2f} 倍，"
+            f"在 {final.winner.n} 张报告图片上 top-1 {final.winner} %，原模型 {final.baseline} %（下降 {final.drop} 个百分点）"
+        )
     color = "green" if result.passed else "red"
     console.print(f"[bold {color}]{result.verdict}[/]  {escape(said)}", soft_wrap=True)
     for miss in result.misses:

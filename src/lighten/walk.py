@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Settings:
     strict: bool = False
     fresh: bool = False
     lang: str = "en"
-    timing: Timing = Timing()
+    timing: Timing = field(default_factory=Timing)
     model_name: str = ""
     command: str = ""
 
@@ -73,9 +73,17 @@ class Settings:
                     raise BadConfig(f"There is no {kind} named {one!r}.", f"Known: {', '.join(known)}")
 
 
-def compress(model: Any, data: Any, budget: Budget | None = None, device: str | Device = "this-machine", *,
-             preprocess: Preprocess | None = None, settings: Settings = Settings(), progress: Progress = silent,
-             log: Log = lambda line: None) -> Result:  # fmt: skip
+def compress(
+    model: Any,
+    data: Any,
+    budget: Budget | None = None,
+    device: str | Device = "this-machine",
+    *,
+    preprocess: Preprocess | None = None,
+    settings: Settings = Settings(),
+    progress: Progress = silent,
+    log: Log = lambda line: None,
+) -> Result:
     """Find the best file of `model` inside `budget`, measured on the file itself, and write run folder and bundle.
 
     `model` is a classifier (torch.nn.Module: float32 (N, C, H, W) to (N, classes)). `data` is a folder, a built-in
@@ -104,8 +112,9 @@ def compress(model: Any, data: Any, budget: Budget | None = None, device: str | 
 # --- 1. front desk ----------------------------------------------------------------------------------
 
 
-def front_desk(model: Any, data: Any, device: str | Device, preprocess: Preprocess | None, settings: Settings,
-               progress: Progress) -> tuple[Job, list[str]]:  # fmt: skip
+def front_desk(
+    model: Any, data: Any, device: str | Device, preprocess: Preprocess | None, settings: Settings, progress: Progress
+) -> tuple[Job, list[str]]:
     """Load and check everything before anything costly; warnings come back as lines, errors all at once."""
     from lighten.kit.trace import check_output
     from lighten.models.load import own_preprocess
@@ -186,8 +195,15 @@ def weigh_in(
     return book, baseline, reference
 
 
-def tried(book: ledger.Ledger, recipe: Recipe, job: Job, reference: workshop.Reference, folder: Path, settings: Settings,
-          log: Log) -> tuple[ledger.Ledger, Trial]:  # fmt: skip
+def tried(
+    book: ledger.Ledger,
+    recipe: Recipe,
+    job: Job,
+    reference: workshop.Reference,
+    folder: Path,
+    settings: Settings,
+    log: Log,
+) -> tuple[ledger.Ledger, Trial]:
     """The trial of a recipe: from the ledger where its files are whole, else made and recorded."""
     known = next((t for t in book.trials if t.id == recipe.id), None)
     if known is not None and workshop.is_whole(known, folder):
@@ -221,8 +237,16 @@ def recipes(device: Device, settings: Settings) -> tuple[Recipe, ...]:
     return search.menu(formats, wanted)
 
 
-def try_all(book: ledger.Ledger, baseline: Trial, job: Job, reference: workshop.Reference, folder: Path, budget: Budget,
-            settings: Settings, log: Log) -> ledger.Ledger:  # fmt: skip
+def try_all(
+    book: ledger.Ledger,
+    baseline: Trial,
+    job: Job,
+    reference: workshop.Reference,
+    folder: Path,
+    budget: Budget,
+    settings: Settings,
+    log: Log,
+) -> ledger.Ledger:
     """The only loop."""
     menu, began, done = recipes(job.device, settings), time.monotonic(), [baseline]
     while (recipe := search.next_recipe(menu, done)) is not None:
@@ -239,16 +263,22 @@ def try_all(book: ledger.Ledger, baseline: Trial, job: Job, reference: workshop.
 # --- 7 and 8. judge, vault ----------------------------------------------------------------------------
 
 
-def judge(book: ledger.Ledger, baseline: Trial, job: Job, reference: workshop.Reference, folder: Path, budget: Budget,
-          settings: Settings, log: Log) -> Result:  # fmt: skip
+def judge(
+    book: ledger.Ledger,
+    baseline: Trial,
+    job: Job,
+    reference: workshop.Reference,
+    folder: Path,
+    budget: Budget,
+    settings: Settings,
+    log: Log,
+) -> Result:
     """Choose, measure the winner once on the report split, write bundle and result.json."""
     same_machine = not job.device.arch or job.device.arch == this_machine().arch
     menu = {r.id for r in (baseline.recipe, *recipes(job.device, settings))}
     trials = tuple(t for t in book.trials if t.id in menu and workshop.is_whole(t, folder))
     allowed = [t for t in trials if not settings.formats or t.recipe.format in settings.formats]
-    allowed = [
-        t for t in allowed if not settings.precisions or t.recipe.precision.weights in settings.precisions
-    ]
+    allowed = [t for t in allowed if not settings.precisions or t.recipe.precision.weights in settings.precisions]
     allowed = [t for t in allowed if t.evidence] or [baseline]
     winner = search.judge(allowed, baseline, budget, same_machine)
     report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
@@ -260,17 +290,26 @@ def judge(book: ledger.Ledger, baseline: Trial, job: Job, reference: workshop.Re
         verdict="FAIL" if misses else "PASS",
         misses=misses,
         advice=search.advise(trials, baseline, job.device, same_machine, misses),
-        budget=budget, device=job.device, task=job.task, model=settings.model_name or type(job.original).__name__,
-        data=job.data.name, classes=job.data.classes, classes_zh=job.data.classes_zh, preprocess=job.preprocess,
-        baseline=baseline, trials=tuple(t for t in trials if t.id != baseline.id), winner=winner.id, final=final,
-        environment=environment(), command=settings.command,
+        budget=budget,
+        device=job.device,
+        task=job.task,
+        model=settings.model_name or type(job.original).__name__,
+        data=job.data.name,
+        classes=job.data.classes,
+        classes_zh=job.data.classes_zh,
+        preprocess=job.preprocess,
+        baseline=baseline,
+        trials=tuple(t for t in trials if t.id != baseline.id),
+        winner=winner.id,
+        final=final,
+        environment=environment(),
+        command=settings.command,
         images={k: len(s) for k, s in job.data.splits.items()} | {"report": len(report_split)},
-        flips=thumbnails(folder, report_split, before, after), path=str(folder),
-    )  # fmt: skip
-    bundle.write(result, folder, _spread(report_split.ready), _spread(after))
-    write_whole(
-        folder / "result.json", json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False)
+        flips=thumbnails(folder, report_split, before, after),
+        path=str(folder),
     )
+    bundle.write(result, folder, _spread(report_split.ready), _spread(after))
+    write_whole(folder / "result.json", json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False))
     return result
 
 
@@ -279,8 +318,9 @@ def _spread(rows: Any) -> np.ndarray:
     return np.asarray(rows[:: max(1, len(rows) // bundle.GOLDEN_IMAGES)][: bundle.GOLDEN_IMAGES])
 
 
-def read_report(book: ledger.Ledger, baseline: Trial, winner: Trial, split: Any, job: Job, folder: Path,
-                log: Log) -> tuple[Final, np.ndarray, np.ndarray]:  # fmt: skip
+def read_report(
+    book: ledger.Ledger, baseline: Trial, winner: Trial, split: Any, job: Job, folder: Path, log: Log
+) -> tuple[Final, np.ndarray, np.ndarray]:
     """Original and winner on the report images. The answers are kept, so that a resumed run reads them back."""
     file = folder / "artifacts" / f"report-{winner.id}.npz"
     if book.final and book.final[0] == winner.id and file.exists():
@@ -290,9 +330,14 @@ def read_report(book: ledger.Ledger, baseline: Trial, winner: Trial, split: Any,
     before = workshop.final_outputs(baseline, folder, split, job)
     after = before if winner.id == baseline.id else workshop.final_outputs(winner, folder, split, job)
     task, labels = get("tasks", job.task), split.labels
-    final = Final(task.score(before, labels), task.score(after, labels), task.drop(before, after, labels),
-                  len(task.flipped(before, after)), task.per_class(before, after, labels, job.data.classes),
-                  task.extra(after, labels))  # fmt: skip
+    final = Final(
+        task.score(before, labels),
+        task.score(after, labels),
+        task.drop(before, after, labels),
+        len(task.flipped(before, after)),
+        task.per_class(before, after, labels, job.data.classes),
+        task.extra(after, labels),
+    )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, before=before, after=after)
     write_whole(file, buffer.getvalue())
@@ -306,8 +351,12 @@ def thumbnails(folder: Path, split: Any, before: np.ndarray, after: np.ndarray) 
     labels, shown = split.labels, []
     for k, row in enumerate(rows.tolist()):
         pixels = split.ready[row]
-        entry = {"image": split.images.name(int(split.rows[row])), "truth": int(labels[row]),
-                 "before": int(before[row].argmax()), "after": int(after[row].argmax())}  # fmt: skip
+        entry = {
+            "image": split.images.name(int(split.rows[row])),
+            "truth": int(labels[row]),
+            "before": int(before[row].argmax()),
+            "after": int(after[row].argmax()),
+        }
         if pixels.dtype == np.uint8:
             entry["thumbnail"] = f"flips/{k}.png"
             write_whole(folder / "flips" / f"{k}.png", _png(pixels))

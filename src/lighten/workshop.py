@@ -74,9 +74,7 @@ def build(recipe: Recipe, job: Job, folder: Path) -> Built:
         sha256_file(path),
         tuple(c.name for c in companions),
     )
-    return Built(
-        artifact, module, tuple(getattr(module, "meta", {}).get("layers", ())), time.perf_counter() - began
-    )
+    return Built(artifact, module, tuple(getattr(module, "meta", {}).get("layers", ())), time.perf_counter() - began)
 
 
 def apply_steps(recipe: Recipe, job: Job) -> Any:
@@ -92,7 +90,7 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
     """Everything that is known of an artifact, from the file itself in its own runtime."""
     task, select = get("tasks", job.task), reference.select
     path = folder.parent / built.artifact.path
-    got = bench.measure(path, built.artifact.format, select.ready, job.preprocess, timing=timing)
+    got = bench.measure(path, built.artifact.format, decoded(select), job.preprocess, timing=timing)
     before, labels = reference.outputs, select.labels
     return Evidence(
         metric_name=task.METRIC,
@@ -126,9 +124,7 @@ def agreement(reference: np.ndarray, got: np.ndarray) -> Agreement:
     noise, signal = float((difference**2).sum()), float((reference.astype(np.float64) ** 2).sum())
     sqnr = 10 * float(np.log10(signal / noise)) if noise and signal else float("inf")
     same = float((reference.argmax(1) == got.argmax(1)).mean())
-    return Agreement(
-        len(got), 100 * same, float(difference.mean()), float(difference.max()), min(sqnr, 999.0)
-    )
+    return Agreement(len(got), 100 * same, float(difference.mean()), float(difference.max()), min(sqnr, 999.0))
 
 
 def files_of(path: Path, artifact: Artifact) -> tuple[Path, ...]:
@@ -147,7 +143,7 @@ def final_outputs(trial: Trial, run_folder: Path, split: Split, job: Job) -> np.
     """The artifact's answers on one split, without timing."""
     assert trial.artifact is not None
     path = run_folder / trial.artifact.path
-    return bench.measure(path, trial.artifact.format, split.ready, job.preprocess, timing=None).outputs
+    return bench.measure(path, trial.artifact.format, decoded(split), job.preprocess, timing=None).outputs
 
 
 def is_whole(trial: Trial, run_folder: Path) -> bool:
@@ -173,3 +169,9 @@ def input_shape(job: Job) -> tuple[int, ...]:
         return job.preprocess.input_shape
     first = job.data.calibrate.inputs(None, slice(0, 1))
     return tuple(first.shape[1:])
+
+
+def decoded(split: Split) -> np.ndarray:
+    """The pixels of a split that was prepared."""
+    assert split.ready is not None, "prepare the split first"
+    return split.ready

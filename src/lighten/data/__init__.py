@@ -52,8 +52,18 @@ def load(
     )
 
 
-def assemble(name: str, classes: tuple[str, ...], classes_zh: tuple[str, ...], pool: Images, report: Images | None,
-             seed: int, calibrate: int, select: int, identity: str, notices: tuple[str, ...] = ()) -> Data:  # fmt: skip
+def assemble(
+    name: str,
+    classes: tuple[str, ...],
+    classes_zh: tuple[str, ...],
+    pool: Images,
+    report: Images | None,
+    seed: int,
+    calibrate: int,
+    select: int,
+    identity: str,
+    notices: tuple[str, ...] = (),
+) -> Data:
     """Splits `pool` into train / calibrate / select, and report too where there is no `report` of its own.
 
     A small pool gives each split a share: at most 15 % calibrate, 15 % select, 20 % report.
@@ -63,9 +73,7 @@ def assemble(name: str, classes: tuple[str, ...], classes_zh: tuple[str, ...], p
     if report is None:
         sizes["report"] = min(10000, max(1, n // 5))
     rows = stratified(np.asarray(pool.labels), sizes, seed)
-    final = (
-        Split(report, np.arange(len(report.labels))) if report is not None else Split(pool, rows["report"])
-    )
+    final = Split(report, np.arange(len(report.labels))) if report is not None else Split(pool, rows["report"])
     mark = digest([identity, seed, sizes])
     train, calibration, selection = (Split(pool, rows[k]) for k in ("train", "calibrate", "select"))
     return Data(name, classes, classes_zh, train, calibration, selection, final, mark, notices)
@@ -85,9 +93,7 @@ def _load_builtin(name: str, seed: int, calibrate: int, select: int, progress: P
 def _load_folder(root: Path, seed: int, calibrate: int, select: int) -> Data:
     if not root.is_dir():
         known = ", ".join([*builtin.known(), "demo"])
-        raise BadData(
-            f"{root} is not a folder.", f"Give a folder of class folders, or a built-in name ({known})."
-        )
+        raise BadData(f"{root} is not a folder.", f"Give a folder of class folders, or a built-in name ({known}).")
     train = next((root / n for n in TRAIN_NAMES if (root / n).is_dir()), None)
     test = next((root / n for n in TEST_NAMES if (root / n).is_dir()), None)
     # Class folders may themselves be called "train" or "test": a layout is a pair, or a "train" with folders in it.
@@ -119,9 +125,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
             "Put the images of each class into a folder named after the class.",
         )
     if len(names) == 1:
-        raise BadData(
-            f"{root} holds only one class, {names[0]!r}.", "A classifier needs at least two class folders."
-        )
+        raise BadData(f"{root} holds only one class, {names[0]!r}.", "A classifier needs at least two class folders.")
     return names
 
 
@@ -162,9 +166,7 @@ def _labels(root: Path, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[
             str(r.get("name_zh", r.get("name", n))) for n, r in zip(names, rows)
         )
     except (ValueError, AttributeError) as e:
-        raise BadData(
-            f"{file} cannot be read ({e}).", 'It holds {"folder": {"name": "cat", "name_zh": "猫"}}.'
-        ) from e
+        raise BadData(f"{file} cannot be read ({e}).", 'It holds {"folder": {"name": "cat", "name_zh": "猫"}}.') from e
 
 
 # --- iterables --------------------------------------------------------------------------------------
@@ -207,9 +209,7 @@ def _names_of(items: Any, classes: int) -> tuple[str, ...]:
     if not isinstance(own, list | tuple) or not own:
         return tuple(str(k) for k in range(classes))
     if len(own) < classes:
-        raise BadData(
-            f"The data names {len(own)} classes, but a label is {classes - 1}.", "Number the classes from 0."
-        )
+        raise BadData(f"The data names {len(own)} classes, but a label is {classes - 1}.", "Number the classes from 0.")
     return tuple(str(n) for n in own)
 
 
@@ -223,18 +223,9 @@ def _plain_image(image: Any, i: int) -> Image.Image | np.ndarray:
             f"Item {i}: the image cannot be read ({e}).",
             "Give images that are whole, on the CPU, without gradients.",
         ) from e
-    if (
-        array.dtype == np.uint8
-        and array.ndim == 3
-        and array.shape[0] in (1, 3)
-        and array.shape[2] not in (1, 3)
-    ):
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
         array = array.transpose(1, 2, 0)
-    if (
-        array.dtype == np.uint8
-        and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3)))
-        and array.size
-    ):
+    if array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))) and array.size:
         return np.ascontiguousarray(array)
     if array.dtype.kind == "f" and array.ndim == 3:
         return np.ascontiguousarray(array, np.float32)

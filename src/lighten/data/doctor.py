@@ -121,9 +121,7 @@ def _counted(name: str, split: Split, classes: tuple[str, ...]) -> Iterator[Find
     elif name != "train":
         yield _error("no-images", f"{name} has no images.", "Give more images.")
     if name == "calibrate" and 0 < n < FEW_CALIBRATE:
-        yield _warning(
-            "few-images", f"calibrate has {n} images; ranges need {FEW_CALIBRATE}.", "Give more images."
-        )
+        yield _warning("few-images", f"calibrate has {n} images; ranges need {FEW_CALIBRATE}.", "Give more images.")
     if name in ("select", "report") and 0 < n < FEW_MEASURED:
         bar = f"the error bar is wide, up to ± {50 / math.sqrt(n):.1f} points of accuracy"
         yield _warning("few-images", f"{name} has {n} images: {bar}.", "Give more images.")
@@ -141,9 +139,7 @@ def _balance(name: str, labels: np.ndarray, classes: tuple[str, ...]) -> Iterato
         yield _warning("missing-class", what, "Give images of every class.")
     most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
     if name == "calibrate" and counts[most] >= IMBALANCE * counts[least]:
-        what = (
-            f"calibrate has {counts[most]} images of {classes[most]} but {counts[least]} of {classes[least]}."
-        )
+        what = f"calibrate has {counts[most]} images of {classes[most]} but {counts[least]} of {classes[least]}."
         yield _warning("imbalance", what, "Balance the classes: the ranges will suit the largest.")
 
 
@@ -203,9 +199,7 @@ class _Look:
     def cells(self) -> np.ndarray:
         """Sums over an even 8 x 8 grid, which a mirror image has mirrored: (N, 8, 8)."""
         dtype = np.uint32 if self.small.dtype == np.uint8 else np.float64
-        rows, columns = (
-            np.minimum((np.arange(8) * side + 4) // 8, side - 1) for side in self.small.shape[1:3]
-        )
+        rows, columns = (np.minimum((np.arange(8) * side + 4) // 8, side - 1) for side in self.small.shape[1:3])
         parts = []
         for start in range(0, len(self.small), 256):
             part = np.add.reduceat(self.small[start : start + 256], rows, axis=1, dtype=dtype)
@@ -258,9 +252,7 @@ def _floats(look: _Look) -> Iterator[Finding]:
     ready = look.ready
     broken = [k for k, one in enumerate(ready) if not np.isfinite(one).all()]
     if broken:
-        what = (
-            f"{look.title}: {len(broken)} inputs hold NaN or infinity, the first is {look.image(broken[0])}."
-        )
+        what = f"{look.title}: {len(broken)} inputs hold NaN or infinity, the first is {look.image(broken[0])}."
         yield _error("not-finite", what, "Mend the code that makes the inputs.")
     elif ready.min() >= 0 and ready.max() > 30:
         what = f"{look.title}: the inputs run from {ready.min():.0f} to {ready.max():.0f}, like plain pixels."

@@ -28,8 +28,19 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What sets an image upright, by its EXIF orientation."""
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, LookupError, TypeError, AttributeError,
-          ArithmeticError, struct.error, zlib.error)  # fmt: skip
+DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    MemoryError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
 """What Pillow's decoders were seen to raise on damaged files (500,000 of them, mutated at random), and their kin."""
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit below is stricter, raises, and names the file

@@ -31,9 +31,7 @@ def to_pixels(image: Image.Image | np.ndarray, how: Preprocess) -> np.ndarray:
         width, height = image.size
         short = how.resize or min(how.height, how.width)
         # torchvision's and timm's rule: the long side is truncated, not rounded.
-        size = (
-            (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        )
+        size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
         image = _crop(_resize(image, *size, how), how)
     pixels = np.asarray(image, np.uint8)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
@@ -48,9 +46,7 @@ def normalize(pixels: np.ndarray, how: Preprocess) -> np.ndarray:
 
 
 def _resize(image: Image.Image, width: int, height: int, how: Preprocess) -> Image.Image:
-    return (
-        image if image.size == (width, height) else image.resize((width, height), FILTERS[how.interpolation])
-    )
+    return image if image.size == (width, height) else image.resize((width, height), FILTERS[how.interpolation])
 
 
 def _crop(image: Image.Image, how: Preprocess) -> Image.Image:

@@ -122,14 +122,10 @@ class Split:
         whole = [one for one in decoded if not isinstance(one, str)]
         bad = tuple(one for one in decoded if isinstance(one, str))
         if not good:
-            raise BadData(
-                f"None of the {len(self)} {what} images can be read.", bad[0] if bad else "It is empty."
-            )
+            raise BadData(f"None of the {len(self)} {what} images can be read.", bad[0] if bad else "It is empty.")
         shapes = {one.shape for one in whole}
         if len(shapes) > 1:
-            raise BadData(
-                f"Ready inputs have different shapes: {sorted(shapes)[:3]}.", "Give them one shape."
-            )
+            raise BadData(f"Ready inputs have different shapes: {sorted(shapes)[:3]}.", "Give them one shape.")
         return dataclasses.replace(self, rows=self.rows[good], ready=np.stack(whole), unreadable=bad)
 
     def _try(self, row: int, how: Preprocess | None) -> np.ndarray | str:

@@ -52,4 +52,5 @@ def _profile(name: str, values: dict[str, Any]) -> Device:
             f"devices/{name}.toml: unknown key {sorted(unknown)[0]!r}.",
             f"Known keys: {', '.join(sorted(known))}",
         )
-    return Device(name=name, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Device(name=name, **settings)

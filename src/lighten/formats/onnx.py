@@ -15,8 +15,19 @@ REQUIRES = ("onnx", "onnxscript")
 RUNS_ON = ("onnxruntime",)
 EXTRA = "onnx"
 SUFFIX = ".onnx"
-DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
-          16: "bfloat16", 21: "uint4", 22: "int4"}  # fmt: skip
+DTYPES = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    16: "bfloat16",
+    21: "uint4",
+    22: "int4",
+}
 
 
 def refuses(precision: Precision, device: Device) -> str | None:
@@ -26,9 +37,7 @@ def refuses(precision: Precision, device: Device) -> str | None:
     return None
 
 
-def export(
-    module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device
-) -> tuple[Path, ...]:
+def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
     """Write `module` (float, or converted by the plan) to `path`; returns companion files (none)."""
     import onnx
 
@@ -99,8 +108,6 @@ def weights(path: Path) -> tuple[Weight, ...]:
         stored = len(init.raw_data) or array.nbytes
         zeros = float(np.mean(array == 0)) if array.size else 0.0
         rows.append(
-            Weight(
-                init.name, DTYPES.get(init.data_type, str(init.data_type)), tuple(array.shape), stored, zeros
-            )
+            Weight(init.name, DTYPES.get(init.data_type, str(init.data_type)), tuple(array.shape), stored, zeros)
         )
     return tuple(rows)

@@ -34,9 +34,7 @@ def refuses(precision: Precision, device: Device) -> str | None:
     return None
 
 
-def export(
-    module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device
-) -> tuple[Path, ...]:
+def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
     """Write `module` to `path` by way of the same ONNX graph; returns the weights file beside it."""
     import onnx
     import openvino as ov
@@ -59,8 +57,13 @@ def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     import openvino as ov
 
     # Left to itself OpenVINO computes in bf16 where the processor has it, and answers change.
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
-                "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}  # fmt: skip
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
     try:
         compiled = ov.Core().compile_model(str(path), "CPU", settings)
     except RuntimeError as e:
@@ -90,7 +93,5 @@ def weights(path: Path) -> tuple[Weight, ...]:
         array = op.get_data()
         kind = op.get_element_type().get_type_name()
         zeros = float(np.mean(array == 0)) if array.size else 0.0
-        rows.append(
-            Weight(op.get_friendly_name(), DTYPES.get(kind, kind), tuple(array.shape), array.nbytes, zeros)
-        )
+        rows.append(Weight(op.get_friendly_name(), DTYPES.get(kind, kind), tuple(array.shape), array.nbytes, zeros))
     return tuple(rows)

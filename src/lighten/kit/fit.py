@@ -75,8 +75,15 @@ def has_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def fit(model: nn.Module, settings: FitSettings, loss: Loss, job: Job, *, checkpoint: Path | None = None,
-        after_epoch: Callable[[int, nn.Module, float], None] | None = None) -> nn.Module:  # fmt: skip
+def fit(
+    model: nn.Module,
+    settings: FitSettings,
+    loss: Loss,
+    job: Job,
+    *,
+    checkpoint: Path | None = None,
+    after_epoch: Callable[[int, nn.Module, float], None] | None = None,
+) -> nn.Module:
     """Train on `job.data.train`; returns the averaged (EMA) model on the CPU, in eval mode.
 
     With `checkpoint`, state is written whole after each epoch and the same call goes on from there. Under torchrun
@@ -86,9 +93,7 @@ def fit(model: nn.Module, settings: FitSettings, loss: Loss, job: Job, *, checkp
     for epoch in range(run.epoch, settings.epochs):
         mean_loss = _epoch(run, epoch, loss, job)
         if not math.isfinite(mean_loss):
-            raise BadConfig(
-                f"The loss is {mean_loss} in epoch {epoch + 1}.", "Lower the learning rate (fit: lr)."
-            )
+            raise BadConfig(f"The loss is {mean_loss} in epoch {epoch + 1}.", "Lower the learning rate (fit: lr).")
         run.save(epoch + 1)
         if after_epoch and run.rank == 0:
             after_epoch(epoch + 1, run.average.eval(), mean_loss)
@@ -126,8 +131,14 @@ class _Run:
         steps = max(1, len(split) // settings.batch)
         optimizer = _optimizer(model, settings)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, settings.lr, total_steps=steps * settings.epochs, pct_start=settings.warmup,
-            cycle_momentum=False, div_factor=10, final_div_factor=1e3)  # fmt: skip
+            optimizer,
+            settings.lr,
+            total_steps=steps * settings.epochs,
+            pct_start=settings.warmup,
+            cycle_momentum=False,
+            div_factor=10,
+            final_div_factor=1e3,
+        )
         average = copy.deepcopy(model).requires_grad_(False)
         pixels = _in_memory(job, device)
         labels = torch.from_numpy(split.labels).to(device)
@@ -156,8 +167,14 @@ class _Run:
     def save(self, epoch: int) -> None:
         if self.checkpoint is None or self.rank:
             return
-        state = {"epoch": epoch, "mark": self.mark, "model": self.model.state_dict(), "average": self.average.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}  # fmt: skip
+        state = {
+            "epoch": epoch,
+            "mark": self.mark,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_whole(self.checkpoint, buffer.getvalue())

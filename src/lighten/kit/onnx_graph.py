@@ -25,12 +25,8 @@ def to_onnx(module: nn.Module, shape: tuple[int, ...]) -> Any:
                 program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
             )
     except Exception as e:
-        reason = next(
-            (line for line in str(e).splitlines() if "aten." in line or "Error" in line), str(e)[:200]
-        )
-        raise RefusedFormat(
-            f"onnx cannot hold this model: {reason.strip()[:300]}", "Replace that operator."
-        ) from e
+        reason = next((line for line in str(e).splitlines() if "aten." in line or "Error" in line), str(e)[:200])
+        raise RefusedFormat(f"onnx cannot hold this model: {reason.strip()[:300]}", "Replace that operator.") from e
     return pool_globally(exported.model_proto)
 
 
@@ -95,8 +91,11 @@ def quantize_biases(graph: _Graph) -> None:
         scale = np.maximum(scale, np.abs(bias) / np.float32(2**30)).astype(np.float32)
         q = np.round(bias.astype(np.float64) / scale).clip(-(2**31), 2**31 - 1).astype(np.int32)
         name = f"{node.output[0]}_bias"
-        inputs = [graph.add_constant(f"{name}_q", q), graph.add_constant(f"{name}_scale", scale),
-                  graph.add_constant(f"{name}_zero", np.zeros(q.shape, np.int32))]  # fmt: skip
+        inputs = [
+            graph.add_constant(f"{name}_q", q),
+            graph.add_constant(f"{name}_scale", scale),
+            graph.add_constant(f"{name}_zero", np.zeros(q.shape, np.int32)),
+        ]
         dq = helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}_dq", axis=0)
         graph.proto.node.insert(list(graph.proto.node).index(node), dq)
         graph.made_by[dq.output[0]] = dq

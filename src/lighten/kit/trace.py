@@ -24,9 +24,7 @@ def trace(model: nn.Module, shape: tuple[int, ...]) -> Any:
     batch = torch.export.Dim("batch", min=1, max=65536)
     try:
         with torch.no_grad():
-            return torch.export.export(
-                model, (example_input(shape),), dynamic_shapes=({0: batch},), strict=False
-            )
+            return torch.export.export(model, (example_input(shape),), dynamic_shapes=({0: batch},), strict=False)
     except Exception as e:
         raise BadModel(
             f"The graph of the model cannot be captured with input (batch, {', '.join(map(str, shape))}): {_first_line(e)}",

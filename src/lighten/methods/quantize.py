@@ -44,8 +44,15 @@ class Step:
         inputs = (torch.from_numpy(x) for x in images.batches(job.preprocess, self.batch))
         shape = tuple(images.inputs(job.preprocess, slice(0, 1)).shape[1:])
         methods = METHODS if self.ranges == "auto" else (self.ranges,)
-        done = quantize(model, shape, inputs, job.precision, job.device, methods,
-                        step=lambda n: job.progress("calibrating", n, len(images)))  # fmt: skip
+        done = quantize(
+            model,
+            shape,
+            inputs,
+            job.precision,
+            job.device,
+            methods,
+            step=lambda n: job.progress("calibrating", n, len(images)),
+        )
         done.module.meta["layers"] = done.layers
         return done.module
 

@@ -37,7 +37,14 @@ def data() -> Data:
     splits = {name: Split(images, np.arange(a, b)) for name, a, b in zip(COUNTS, edges, edges[1:])}
     mark = digest([sha256_file(FOLDER / "images.webp"), table["labels"]])
     return Data(
-        "demo (CIFAR-10)", tuple(table["classes"]), tuple(table["classes_zh"]), **splits, fingerprint=mark
+        "demo (CIFAR-10)",
+        tuple(table["classes"]),
+        tuple(table["classes_zh"]),
+        splits["train"],
+        splits["calibrate"],
+        splits["select"],
+        splits["report"],
+        mark,
     )
 
 
@@ -52,12 +59,8 @@ def make(weights: Path, source: Data) -> None:
         tiles.append(part.pixels(PREPROCESS))
         labels += part.labels.tolist()
     with whole_folder(FOLDER) as room:
-        Image.fromarray(_sheet(np.concatenate(tiles))).save(
-            room / "images.webp", lossless=True, quality=100, method=6
-        )
-        state = {
-            k: v.to(torch.float32) if v.is_floating_point() else v for k, v in load_file(weights).items()
-        }
+        Image.fromarray(_sheet(np.concatenate(tiles))).save(room / "images.webp", lossless=True, quality=100, method=6)
+        state = {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in load_file(weights).items()}
         write_whole(room / "resnet20.safetensors", save(state))
         table = {"classes": source.classes, "classes_zh": source.classes_zh, "labels": labels}
         write_whole(room / "labels.json", json.dumps(table, ensure_ascii=False))
@@ -66,7 +69,7 @@ def make(weights: Path, source: Data) -> None:
 def _sheet(tiles: np.ndarray) -> np.ndarray:
     """(N, 32, 32, 3) as one picture of COLUMNS tiles a row."""
     rows = -(-len(tiles) // COLUMNS)
-    full = np.zeros((rows * COLUMNS, 32, 32, 3), np.uint8)
+    full: np.ndarray = np.zeros((rows * COLUMNS, 32, 32, 3), np.uint8)
     full[: len(tiles)] = tiles
     return full.reshape(rows, COLUMNS, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(rows * 32, COLUMNS * 32, 3)
 

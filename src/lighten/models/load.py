@@ -131,15 +131,29 @@ def own_preprocess(arch: str, model: nn.Module) -> Preprocess | None:
     except (ValueError, AttributeError):
         return None
     crop, resize = preset.crop_size[0], preset.resize_size[0]
-    return Preprocess(crop, crop, "crop", max(resize, crop), preset.interpolation.value, "RGB",
-                      tuple(preset.mean), tuple(preset.std), "torchvision's description of its ImageNet weights")  # fmt: skip
+    return Preprocess(
+        crop,
+        crop,
+        "crop",
+        max(resize, crop),
+        preset.interpolation.value,
+        "RGB",
+        tuple(preset.mean),
+        tuple(preset.std),
+        "torchvision's description of its ImageNet weights",
+    )
 
 
 def _from_timm(config: dict[str, Any]) -> Preprocess | None:
     _, height, width = config["input_size"]
     share, mode = config.get("crop_pct") or 1.0, config.get("crop_mode") or "center"
-    rest = (config.get("interpolation") or "bilinear", "RGB", tuple(config["mean"]), tuple(config["std"]),
-            "timm's description of the weights")  # fmt: skip
+    rest = (
+        config.get("interpolation") or "bilinear",
+        "RGB",
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        "timm's description of the weights",
+    )
     if mode == "squash" and share == 1:
         return Preprocess(height, width, "stretch", None, *rest)
     if mode == "center" and share <= 1 and height == width:
@@ -164,9 +178,7 @@ def _check_file(path: Path) -> None:
         raise BadModel(f"{path} is empty.", "Fetch it again.")
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise BadModel(
-            f"{path} is a web page, not weights.", "The download gave an error page; fetch the file itself."
-        )
+        raise BadModel(f"{path} is a web page, not weights.", "The download gave an error page; fetch the file itself.")
     if head.startswith(b"version https://git-lfs"):
         raise BadModel(f"{path} is a Git LFS pointer, not weights.", "Run: git lfs pull")
 
@@ -215,36 +227,24 @@ def _refusal(path: Path, e: Exception) -> BadModel:
         return BadModel(f"{path} is a TorchScript archive, which holds code, so it was not opened.", save)
     if needs or (isinstance(e, pickle.UnpicklingError) and head[:1] == b"\x80"):
         what = f"it needs {needs[1]}" if needs else "it is a plain pickle"
-        return BadModel(
-            f"{path} holds more than weights (objects or code), so it was not opened: {what}.", save
-        )
+        return BadModel(f"{path} holds more than weights (objects or code), so it was not opened: {what}.", save)
     if head != b"PK" and head[:1] != b"\x80":
-        return BadModel(
-            f"{path} is not a weights file.", "Give a .safetensors file, or a .pth that torch.save wrote."
-        )
+        return BadModel(f"{path} is not a weights file.", "Give a .safetensors file, or a .pth that torch.save wrote.")
     reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
     return BadModel(f"{path} is damaged or truncated ({reason}).", "Fetch or save it again.")
 
 
 def _finite(v: Tensor) -> bool:
-    return bool(
-        torch.isfinite(v if v.element_size() > 1 else v.float()).all()
-    )  # no isfinite for 8-bit floats
+    return bool(torch.isfinite(v if v.element_size() > 1 else v.float()).all())  # no isfinite for 8-bit floats
 
 
 def _unwrap(raw: Any, path: Path, inner: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notices = []
     if inner is not None and not (isinstance(raw, dict) and isinstance(raw.get(inner), dict)):
-        raise BadModel(
-            f"{path} has no entry {inner!r} with weights in it ({_held(raw)}).", "Name one that it has."
-        )
+        raise BadModel(f"{path} has no entry {inner!r} with weights in it ({_held(raw)}).", "Name one that it has.")
     for _ in range(3):
         nested = next(
-            (
-                k
-                for k in ((inner,) if inner else WRAPPERS)
-                if isinstance(raw, dict) and isinstance(raw.get(k), dict)
-            ),
+            (k for k in ((inner,) if inner else WRAPPERS) if isinstance(raw, dict) and isinstance(raw.get(k), dict)),
             None,
         )
         if nested is None:
@@ -304,9 +304,7 @@ def _from_file(file: Path, name: str, classes: int | None, trust_code: bool) -> 
     except BadModel:
         raise
     except Exception as e:
-        raise BadModel(
-            f"{file}:{name} failed: {type(e).__name__}: {e}", "Mend the file, then run it again."
-        ) from e
+        raise BadModel(f"{file}:{name} failed: {type(e).__name__}: {e}", "Mend the file, then run it again.") from e
     if not isinstance(model, nn.Module):
         raise BadModel(f"{file}:{name} gave a {type(model).__name__}, not an nn.Module.", "Return the model.")
     return model

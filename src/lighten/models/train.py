@@ -17,8 +17,9 @@ from lighten.types import Device, Job, Preprocess, Progress, silent, to_json
 KEYS = ("arch", "classes", "weights", "data", "preprocess", "fit", "out", "seed")
 
 
-def train(config: Path, *, out: Path | None = None, progress: Progress = silent, trust_code: bool = False,
-          log: Any = print) -> dict[str, Any]:  # fmt: skip
+def train(
+    config: Path, *, out: Path | None = None, progress: Progress = silent, trust_code: bool = False, log: Any = print
+) -> dict[str, Any]:
     """Train as `config` says; writes `model.safetensors` and `training.json` into the out folder, and resumes there.
 
     Returns the contents of training.json: top-1 on the select and report splits, the settings, the history.
@@ -31,9 +32,7 @@ def train(config: Path, *, out: Path | None = None, progress: Progress = silent,
     from lighten.kit.infer import outputs
     from lighten.tasks import classification as task
 
-    check_keys(
-        values["preprocess"], [f.name for f in dataclasses.fields(Preprocess)], f"{config}, preprocess"
-    )
+    check_keys(values["preprocess"], [f.name for f in dataclasses.fields(Preprocess)], f"{config}, preprocess")
     check_keys(values.get("fit", {}), [f.name for f in dataclasses.fields(FitSettings)], f"{config}, fit")
     how, settings = _settings(config, values, FitSettings)
     folder = out or Path(values["out"])
@@ -89,12 +88,28 @@ def _model(values: dict[str, Any], classes: int, trust_code: bool) -> Any:
     return model
 
 
-def _save(folder: Path, model: Any, values: dict[str, Any], how: Preprocess, settings: Any, scores: dict[str, Any],
-          history: list[dict[str, float]], data: Any) -> dict[str, Any]:  # fmt: skip
+def _save(
+    folder: Path,
+    model: Any,
+    values: dict[str, Any],
+    how: Preprocess,
+    settings: Any,
+    scores: dict[str, Any],
+    history: list[dict[str, float]],
+    data: Any,
+) -> dict[str, Any]:
     from safetensors.torch import save
 
-    record = {"arch": values["arch"], "classes": data.classes, "data": data.name, "seed": values.get("seed", 0),
-              "preprocess": to_json(how), "fit": to_json(settings), "scores": to_json(scores), "history": history}  # fmt: skip
+    record = {
+        "arch": values["arch"],
+        "classes": data.classes,
+        "data": data.name,
+        "seed": values.get("seed", 0),
+        "preprocess": to_json(how),
+        "fit": to_json(settings),
+        "scores": to_json(scores),
+        "history": history,
+    }
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     write_whole(folder / "model.safetensors", save(state, metadata={"arch": values["arch"]}))
     write_whole(folder / "training.json", json.dumps(record, indent=1, ensure_ascii=False))

@@ -14,8 +14,15 @@ from lighten.quant.ranges import METHODS, Grid, Histogram, Range, choose, weight
 class ActivationObserver(ObserverBase):
     """Histogram of one activation tensor; the range is chosen when it is asked for."""
 
-    def __init__(self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int,
-                 methods: tuple[str, ...] = METHODS, is_dynamic: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        qscheme: torch.qscheme,
+        quant_min: int,
+        quant_max: int,
+        methods: tuple[str, ...] = METHODS,
+        is_dynamic: bool = False,
+    ) -> None:
         super().__init__(dtype, is_dynamic)
         self.qscheme, self.quant_min, self.quant_max, self.methods = qscheme, quant_min, quant_max, methods
         self.histogram = Histogram()
@@ -44,8 +51,16 @@ class ActivationObserver(ObserverBase):
 class PerChannelWeightObserver(ObserverBase):
     """Keeps the weight it sees; one scale per output channel. (torchao hands `ch_axis` to classes of this name.)"""
 
-    def __init__(self, dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int, quant_max: int, ch_axis: int,
-                 methods: tuple[str, ...] = METHODS, is_dynamic: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        qscheme: torch.qscheme,
+        quant_min: int,
+        quant_max: int,
+        ch_axis: int,
+        methods: tuple[str, ...] = METHODS,
+        is_dynamic: bool = False,
+    ) -> None:
         super().__init__(dtype, is_dynamic)
         self.qscheme, self.quant_min, self.quant_max, self.ch_axis, self.methods = (
             qscheme,

@@ -28,8 +28,15 @@ class Quantized:
     layers: tuple[dict[str, Any], ...]
 
 
-def quantize(model: nn.Module, shape: tuple[int, ...], batches: Iterable[Tensor], precision: Precision, device: Device,
-             methods: tuple[str, ...] = METHODS, step: Callable[[int], None] = lambda done: None) -> Quantized:  # fmt: skip
+def quantize(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    batches: Iterable[Tensor],
+    precision: Precision,
+    device: Device,
+    methods: tuple[str, ...] = METHODS,
+    step: Callable[[int], None] = lambda done: None,
+) -> Quantized:
     """Fold batch norms, watch the calibration `batches` pass, choose every range, convert.
 
     `shape` is (C, H, W); `model` is not changed. `step` is told how many images have passed. Raises BadData on NaN
@@ -48,9 +55,7 @@ def quantize(model: nn.Module, shape: tuple[int, ...], batches: Iterable[Tensor]
     _calibrate(prepared, batches, step)
     layers = tuple(_describe(prepared, quantizer))
     with quiet():
-        return Quantized(
-            convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers
-        )
+        return Quantized(convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers)
 
 
 def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[[int], None]) -> None:

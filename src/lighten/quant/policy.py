@@ -20,12 +20,34 @@ ELEMENTWISE = (aten.add, aten.add_, aten.mul, aten.mul_, aten.cat)
 AVERAGE = (aten.adaptive_avg_pool2d, aten.avg_pool2d, aten.mean)
 """Operators whose output is narrower than their input, and gets a range of its own."""
 
-CURVED = (aten.hardswish, aten.hardswish_, aten.hardsigmoid, aten.hardsigmoid_, aten.silu, aten.silu_, aten.sigmoid,
-          aten.leaky_relu, aten.leaky_relu_)  # fmt: skip
+CURVED = (
+    aten.hardswish,
+    aten.hardswish_,
+    aten.hardsigmoid,
+    aten.hardsigmoid_,
+    aten.silu,
+    aten.silu_,
+    aten.sigmoid,
+    aten.leaky_relu,
+    aten.leaky_relu_,
+)
 """Activations that most runtimes compute in float or by table between two quantized tensors."""
 
-PASSING = (aten.max_pool2d, aten.flatten, aten.view, aten.reshape, aten.permute, aten.transpose, aten.squeeze,
-           aten.unsqueeze, aten.slice, aten.pad, aten.constant_pad_nd, aten.pixel_shuffle, aten.channel_shuffle)  # fmt: skip
+PASSING = (
+    aten.max_pool2d,
+    aten.flatten,
+    aten.view,
+    aten.reshape,
+    aten.permute,
+    aten.transpose,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.slice,
+    aten.pad,
+    aten.constant_pad_nd,
+    aten.pixel_shuffle,
+    aten.channel_shuffle,
+)
 """Operators that only move values: output and input share one scale, so nothing is rounded twice."""
 
 NOTHING = (aten.dropout, aten.dropout_, aten.contiguous, aten.clone, aten.alias)

@@ -93,9 +93,7 @@ class PolicyQuantizer(Quantizer):
             dtype=torch.int8,
             quant_min=-(2 ** (bits - 1)),
             quant_max=2 ** (bits - 1) - 1,
-            qscheme=torch.per_tensor_symmetric
-            if self.device.symmetric_activations
-            else torch.per_tensor_affine,
+            qscheme=torch.per_tensor_symmetric if self.device.symmetric_activations else torch.per_tensor_affine,
             observer_or_fake_quant_ctr=ActivationObserver.with_args(methods=self.methods),
         )
 

@@ -61,8 +61,14 @@ def _markdown(shown: Mapping[str, Any]) -> str:
 def _template(name: str, **options: Any) -> Any:
     jinja2 = require("jinja2", "compress", "write the report")
     loader = jinja2.FileSystemLoader(_HERE)
-    house = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                               keep_trailing_newline=True, **options)  # fmt: skip
+    house = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **options,
+    )
     return house.get_template(name)
 
 

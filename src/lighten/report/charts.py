@@ -364,7 +364,9 @@ def _leader(ask: Ask, note: Note | None) -> str:
     if note is None or not note.led:
         return ""
     (px, py), (left, top, right, bottom) = ask.spot, note.box
-    return f'<path class="leader" d="M{px:.1f} {py:.1f}L{(left + right) / 2:.1f} {bottom if bottom < py else top:.1f}"/>'
+    return (
+        f'<path class="leader" d="M{px:.1f} {py:.1f}L{(left + right) / 2:.1f} {bottom if bottom < py else top:.1f}"/>'
+    )
 
 
 def _note(p: Point, note: Note | None) -> str:
@@ -395,9 +397,7 @@ def strips(rows: Sequence[Strip], *, width: float = 900, unit: str = "ms", title
         parts.append(_text(x(v), bottom + 18, f"{v:g}", "tick", "start" if stacked and v == 0 else "middle"))
     parts.append(_text(width, bottom + 18, unit, "title", "end"))
     for k, row in enumerate(rows):
-        parts.append(
-            _strip(row, x, k * step + step * (0.72 if stacked else 0.5) + 4, end, left, width, stacked)
-        )
+        parts.append(_strip(row, x, k * step + step * (0.72 if stacked else 0.5) + 4, end, left, width, stacked))
     return _svg(width, bottom + 26, title, parts)
 
 
@@ -447,9 +447,7 @@ def diverging(changes: Sequence[Change], *, reach: float, width: float = 900, ti
     for v in (-reach, -reach / 2, 0.0, reach / 2, reach):
         parts.append(f'<path class="{"axis" if v == 0 else "grid"}" d="M{x(v):.1f} 0V{bottom:.1f}"/>')
         if abs(v) in (0, reach):
-            parts.append(
-                _text(x(v), bottom + 17, f"{v:+g}".replace("-", "−") if v else "0", "tick", "middle")
-            )
+            parts.append(_text(x(v), bottom + 17, f"{v:+g}".replace("-", "−") if v else "0", "tick", "middle"))
     for k, change in enumerate(changes):
         parts.append(_change_bar(change, x, step * k + 3, names, width))
     return _svg(width, bottom + 24, title, parts)

@@ -9,9 +9,14 @@ from lighten.errors import UnknownName
 Texts = Mapping[str, str]
 
 FORMATS = {
-    "onnx": "ONNX", "openvino": "OpenVINO", "litert": "LiteRT", "executorch": "ExecuTorch", "coreml": "Core ML",
-    "torchscript": "TorchScript", "mnn": "MNN",
-}  # fmt: skip
+    "onnx": "ONNX",
+    "openvino": "OpenVINO",
+    "litert": "LiteRT",
+    "executorch": "ExecuTorch",
+    "coreml": "Core ML",
+    "torchscript": "TorchScript",
+    "mnn": "MNN",
+}
 PRECISIONS = {"float32": "FP32", "float16": "FP16", "int8": "INT8", "uint8": "INT8", "int4": "INT4"}
 METRICS = {"top1": "top-1", "top5": "top-5", "map": "mAP", "map50": "mAP50"}
 

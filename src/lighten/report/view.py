@@ -13,9 +13,14 @@ from lighten.report.texts import FORMATS, METRICS, PRECISIONS, Texts, sentence, 
 from lighten.types import Estimate, Evidence, Latency, Result, Trial, Weight, shrink, speedup
 
 UNITS = {
-    "max_drop": "", "max_size_mb": " MB", "min_shrink": "%", "max_latency_ms": " ms",
-    "min_speedup": "×", "max_memory_mb": " MB", "time_s": " s",
-}  # fmt: skip
+    "max_drop": "",
+    "max_size_mb": " MB",
+    "min_shrink": "%",
+    "max_latency_ms": " ms",
+    "min_speedup": "×",
+    "max_memory_mb": " MB",
+    "time_s": " s",
+}
 MANY_CLASSES, FEW_CLASSES = 40, 20
 MOST_FLIPS = 36
 OPEN_LAYERS, WORST_LAYERS = 12, 5
@@ -67,9 +72,11 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         "stored": stored(won.size.weights),
         "facts": _facts(result, won, lang, t),
         "images": [(t.get(name, name), f"{n:,}") for name, n in result.images.items()],
-        "agreements": [(t["fidelity_name"], t["fidelity_line"], _agreement(won.fidelity, t)),
-                       (t["drift"], t["drift_line"], _agreement(won.drift, t))],
-    }  # fmt: skip
+        "agreements": [
+            (t["fidelity_name"], t["fidelity_line"], _agreement(won.fidelity, t)),
+            (t["drift"], t["drift_line"], _agreement(won.drift, t)),
+        ],
+    }
 
 
 def _evidence(trial: Trial) -> Evidence:
@@ -133,8 +140,14 @@ def file_title(trial: Trial) -> str:
 def _headline(result: Result, base: Evidence, won: Evidence, t: Texts) -> dict[str, Any]:
     metric, final = metric_title(base.metric_name), result.final
     kept = result.winner == result.baseline.id
-    said = sentence(t, what=file_title(result.winning), shrink=shrink(won, base), speedup=speedup(won, base),
-                    drop=final.drop.value, metric=metric)  # fmt: skip
+    said = sentence(
+        t,
+        what=file_title(result.winning),
+        shrink=shrink(won, base),
+        speedup=speedup(won, base),
+        drop=final.drop.value,
+        metric=metric,
+    )
     set_limits = sum(1 for name in UNITS if getattr(result.budget, name) is not None)
     outcome = t["some_missed"].format(len(result.misses), set_limits) if result.misses else t["all_kept"]
     return {
@@ -153,10 +166,31 @@ def _tiles(result: Result, base: Evidence, won: Evidence, t: Texts) -> list[dict
     points = t["points"].format(f"{signed(gain)} ± {fixed(final.drop.error)}")
     data = (
         ("tile_size", significant(base.size.mb), significant(won.size.mb), "MB", saved(less), _sign(less, 0.5)),
-        ("tile_latency", significant(base.p50()), significant(won.p50()), "ms", t["times"].format(fixed(ratio, 1)), _sign(ratio - 1, 0.05)),
-        ("tile_accuracy", fixed(final.baseline.value), fixed(final.winner.value), "%", points, _sign(gain, max(0.005, 2 * final.drop.error))),
-        ("tile_memory", significant(base.memory_mb), significant(won.memory_mb), "MB", saved(memory), _sign(memory, 0.5)),
-    )  # fmt: skip
+        (
+            "tile_latency",
+            significant(base.p50()),
+            significant(won.p50()),
+            "ms",
+            t["times"].format(fixed(ratio, 1)),
+            _sign(ratio - 1, 0.05),
+        ),
+        (
+            "tile_accuracy",
+            fixed(final.baseline.value),
+            fixed(final.winner.value),
+            "%",
+            points,
+            _sign(gain, max(0.005, 2 * final.drop.error)),
+        ),
+        (
+            "tile_memory",
+            significant(base.memory_mb),
+            significant(won.memory_mb),
+            "MB",
+            saved(memory),
+            _sign(memory, 0.5),
+        ),
+    )
     names = ("name", "before", "after", "unit", "change", "good")
     tiles = [dict(zip(names, (t[row[0]].format(metric_title(base.metric_name)), *row[1:]))) for row in data]
     return [tile for tile in tiles if tile["after"] != "—"]
@@ -170,9 +204,13 @@ def limits(result: Result, base: Evidence, won: Evidence, t: Texts) -> list[dict
     """Each limit that was set: wanted, got, and whether it was kept as `Result.misses` says; nothing is judged anew."""
     missed = {miss.limit: miss for miss in result.misses}
     got = {
-        "max_drop": result.final.drop.value, "max_size_mb": won.size.mb, "min_shrink": shrink(won, base),
-        "max_latency_ms": won.p50(1), "min_speedup": speedup(won, base), "max_memory_mb": won.memory_mb,
-    }  # fmt: skip
+        "max_drop": result.final.drop.value,
+        "max_size_mb": won.size.mb,
+        "min_shrink": shrink(won, base),
+        "max_latency_ms": won.p50(1),
+        "min_speedup": speedup(won, base),
+        "max_memory_mb": won.memory_mb,
+    }
     table = []
     for name, unit in UNITS.items():
         wanted = getattr(result.budget, name)
@@ -184,8 +222,15 @@ def limits(result: Result, base: Evidence, won: Evidence, t: Texts) -> list[dict
         text = fixed(value) if name == "max_drop" else significant(value)
         if value != wanted and text != "—" and float(text.replace(",", "").replace("−", "-")) == wanted:
             text = significant(value, 5)  # a broken limit must not look kept
-        table.append({"name": t[name], "wanted": f"{wanted:g}{unit}", "got": text if text == "—" else text + unit,
-                      "mark": mark, "says": t[f"{mark}_mark"]})  # fmt: skip
+        table.append(
+            {
+                "name": t[name],
+                "wanted": f"{wanted:g}{unit}",
+                "got": text if text == "—" else text + unit,
+                "mark": mark,
+                "says": t[f"{mark}_mark"],
+            }
+        )
     return table
 
 
@@ -195,8 +240,11 @@ def limits(result: Result, base: Evidence, won: Evidence, t: Texts) -> list[dict
 def rows(result: Result, t: Texts) -> list[Row]:
     """The original first, then each trial in the order tried."""
     tried = [trial for trial in result.trials if trial.id != result.baseline.id]
-    threads = {max(row.threads for row in trial.evidence.latency) for trial in (result.baseline, *tried)
-               if trial.evidence and trial.evidence.latency}  # fmt: skip
+    threads = {
+        max(row.threads for row in trial.evidence.latency)
+        for trial in (result.baseline, *tried)
+        if trial.evidence and trial.evidence.latency
+    }
     most = t["latency_all"].format(threads.pop()) if len(threads) == 1 else t["latency_most"]
     return [_row(k, trial, result, t, most) for k, trial in enumerate((result.baseline, *tried))]
 
@@ -231,9 +279,14 @@ def slower_than_float(trial: Trial, result: Result) -> bool:
     """Whether a quantized trial takes longer than the unchanged float network in the same format."""
     if not trial.recipe.precision.quantized or trial.evidence is None:
         return False
-    same = [other.evidence for other in (result.baseline, *result.trials)
-            if other.evidence and other.recipe.format == trial.recipe.format and not other.recipe.complexity
-            and other.recipe.precision.weights == "float32"]  # fmt: skip
+    same = [
+        other.evidence
+        for other in (result.baseline, *result.trials)
+        if other.evidence
+        and other.recipe.format == trial.recipe.format
+        and not other.recipe.complexity
+        and other.recipe.precision.weights == "float32"
+    ]
     return bool(same) and trial.evidence.p50(1) > same[0].p50(1)
 
 
@@ -248,9 +301,7 @@ def _cells(got: Evidence, base: Evidence, t: Texts, most: str) -> tuple[Cell, ..
             fixed(got.metric.value),
             f"± {fixed(got.metric.error)}",
         ),
-        Cell(
-            t["drop"], "" if first else fixed(got.drop.value), "" if first else f"± {fixed(got.drop.error)}"
-        ),
+        Cell(t["drop"], "" if first else fixed(got.drop.value), "" if first else f"± {fixed(got.drop.error)}"),
         Cell(t["latency_1"], *_latency(one)),
         Cell(most, *_latency(every)),
         Cell(t["speedup"], "" if first else f"{fixed(speedup(got, base), 2)}×"),
@@ -280,15 +331,17 @@ def _pictures(result: Result, table: Sequence[Row], t: Texts) -> dict[str, Any]:
     measured = [(row, row.trial.evidence) for row in table if row.trial.evidence]
     metric = metric_title(base.metric_name)
     floor = base.metric.value - max(6.0, 4 * (budget.max_drop or 0))
-    shared = {"y_title": f"{metric} %", "limit_text": t["limit_line"], "floor": floor,
-              "y_limit": None if budget.max_drop is None else base.metric.value - budget.max_drop}  # fmt: skip
+    shared = {
+        "y_title": f"{metric} %",
+        "limit_text": t["limit_line"],
+        "floor": floor,
+        "y_limit": None if budget.max_drop is None else base.metric.value - budget.max_drop,
+    }
     size = [_point(row, got, got.size.mb) for row, got in measured]
     speed = [_point(row, got, got.p50(1)) for row, got in measured]
     planes = [
         _both(
-            lambda w: charts.scatter(
-                size, x_title=t["axis_size"], x_limit=_size_limit(result, base), width=w, **shared
-            )
+            lambda w: charts.scatter(size, x_title=t["axis_size"], x_limit=_size_limit(result, base), width=w, **shared)
         ),
         _both(
             lambda w: charts.scatter(
@@ -296,11 +349,12 @@ def _pictures(result: Result, table: Sequence[Row], t: Texts) -> dict[str, Any]:
             )
         ),
     ]
-    bars = [charts.Strip(f"{row.number} · {row.title}", one.samples_ms, row.kind, significant(one.p50))
-            for row, got in measured if (one := _threads(got.latency)[0])]  # fmt: skip
-    kinds = [
-        kind for kind in ("winner", "original", "inside", "outside") if any(p.kind == kind for p in size)
+    bars = [
+        charts.Strip(f"{row.number} · {row.title}", one.samples_ms, row.kind, significant(one.p50))
+        for row, got in measured
+        if (one := _threads(got.latency)[0])
     ]
+    kinds = [kind for kind in ("winner", "original", "inside", "outside") if any(p.kind == kind for p in size)]
     return {
         "planes": planes,
         "legend": [(charts.key(kind), t[f"key_{kind}"]) for kind in kinds],
@@ -363,8 +417,15 @@ def _flips(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str
     shown = [flip for flip in result.flips if str(flip.get("thumbnail")) in thumbnails][:MOST_FLIPS]
     n = result.final.winner.n
     share = fixed(100 * result.final.flipped / n) if n else "—"
-    cards = [{"src": thumbnails[str(flip["thumbnail"])], "image": str(flip.get("image", "")), "kind": _flip_kind(flip),
-              **{key: _title(titles, flip.get(key)) for key in ("truth", "before", "after")}} for flip in shown]  # fmt: skip
+    cards = [
+        {
+            "src": thumbnails[str(flip["thumbnail"])],
+            "image": str(flip.get("image", "")),
+            "kind": _flip_kind(flip),
+            **{key: _title(titles, flip.get(key)) for key in ("truth", "before", "after")},
+        }
+        for flip in shown
+    ]
     return {"flips": cards, "flip_counts": (f"{result.final.flipped:,}", f"{n:,}", share)}
 
 
@@ -379,13 +440,22 @@ def _title(titles: Sequence[str], index: Any) -> str:
 
 def _layers(trial: Trial, t: Texts) -> dict[str, Any]:
     table = [_layer(row) for row in trial.layers]
-    found = [(row[key], row["layer"], t[word]) for row in table
-             for key, word in (("weight_db", "weight_word"), ("input_db", "input_word")) if math.isfinite(row[key])]  # fmt: skip
+    found = [
+        (row[key], row["layer"], t[word])
+        for row in table
+        for key, word in (("weight_db", "weight_word"), ("input_db", "input_word"))
+        if math.isfinite(row[key])
+    ]
     worst = min(found, default=None)
     said = t["worst_layer"].format(worst[1], fixed(worst[0], 1), worst[2]) if worst else ""
     by_noise = sorted((row for row in table if math.isfinite(_lowest(row))), key=_lowest)
-    return {"layers": table, "worst_layer": said, "long": len(table) > OPEN_LAYERS, "lowest": worst[0] if worst else math.nan,
-            "worst_layers": by_noise[:WORST_LAYERS]}  # fmt: skip
+    return {
+        "layers": table,
+        "worst_layer": said,
+        "long": len(table) > OPEN_LAYERS,
+        "lowest": worst[0] if worst else math.nan,
+        "worst_layers": by_noise[:WORST_LAYERS],
+    }
 
 
 def _lowest(row: Mapping[str, Any]) -> float:
@@ -431,8 +501,16 @@ def stored(weights: Iterable[Weight]) -> list[dict[str, Any]]:
         mine = [w for w in weights if w.dtype == dtype]
         size, values = sum(w.bytes for w in mine), sum(math.prod(w.shape) for w in mine)
         zeros = sum(w.zeros * math.prod(w.shape) for w in mine) / values if values else 0.0
-        table.append({"dtype": dtype, "tensors": len(mine), "size": size, "bytes": f"{size:,}",
-                      "percent": round(100 * size / total, 2) if total else 0.0, "zeros": f"{fixed(100 * zeros, 1)}%"})  # fmt: skip
+        table.append(
+            {
+                "dtype": dtype,
+                "tensors": len(mine),
+                "size": size,
+                "bytes": f"{size:,}",
+                "percent": round(100 * size / total, 2) if total else 0.0,
+                "zeros": f"{fixed(100 * zeros, 1)}%",
+            }
+        )
     return sorted(table, key=lambda row: (-row["size"], row["dtype"]))
 
 

@@ -47,8 +47,14 @@ def per_class(
     for k, name in enumerate(names):
         mine = labels == k
         if mine.any():
-            rows.append(ClassChange(name, 100 * float((before[mine].argmax(1) == k).mean()),
-                                    100 * float((after[mine].argmax(1) == k).mean()), int(mine.sum())))  # fmt: skip
+            rows.append(
+                ClassChange(
+                    name,
+                    100 * float((before[mine].argmax(1) == k).mean()),
+                    100 * float((after[mine].argmax(1) == k).mean()),
+                    int(mine.sum()),
+                )
+            )
     return tuple(rows)
 
 
