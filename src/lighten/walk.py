@@ -128,10 +128,8 @@ def front_desk(
             "How the model wants its images is not known.",
             "Give the input size, mean and std (--input-size 224 --mean ... --std ...).",
         )
-    loaded = dataclasses.replace(
-        loaded,
-        **{k: s.prepare(how, progress, k) for k, s in loaded.splits.items() if k not in ("train", "report")},
-    )
+    prepared = {k: s.prepare(how, progress, k) for k, s in loaded.splits.items() if k != "train"}
+    loaded = dataclasses.replace(loaded, **prepared)
     findings = list(examine_data(loaded, how, strict=settings.strict))
     raise_errors(findings)
     model = model.eval().cpu()

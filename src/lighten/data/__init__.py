@@ -218,7 +218,7 @@ def _plain_image(image: Any, i: int) -> Image.Image | np.ndarray:
         if isinstance(image, Image.Image):
             return eight_bit(image).copy()
         array = np.asarray(image)
-    except DAMAGE as e:
+    except (*DAMAGE, RuntimeError) as e:
         raise BadData(
             f"Item {i}: the image cannot be read ({e}).",
             "Give images that are whole, on the CPU, without gradients.",

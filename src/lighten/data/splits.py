@@ -168,9 +168,10 @@ def stratified(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str
     out: dict[str, np.ndarray] = {}
     for name, size in sizes.items():
         shares = np.array([size * len(pools[c]) / total for c in classes])
-        counts = np.floor(shares).astype(int)
-        for k in np.argsort(-(shares - counts), kind="stable")[: size - counts.sum()]:
-            counts[k] += 1
+        left = np.array([len(pools[c]) - used[c] for c in classes.tolist()])
+        counts = np.minimum(np.floor(shares).astype(int), left)
+        order = np.argsort(-(shares - counts), kind="stable")
+        counts[order[(counts < left)[order]][: size - counts.sum()]] += 1
         picked = [pools[c][used[c] : used[c] + n] for c, n in zip(classes.tolist(), counts)]
         for c, part in zip(classes.tolist(), picked):
             used[c] += len(part)

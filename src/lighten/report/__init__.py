@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lighten.data.cache import write_whole
+from lighten.errors import BadBundle
 from lighten.plugins import require
 from lighten.report.view import view
-from lighten.types import Result
+from lighten.types import SCHEMA_VERSION, Result, from_json
 
 _HERE = Path(__file__).parent
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -18,10 +21,10 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|"} | {"\n": " ", "\r":
 
 
 def write(result: Result, folder: Path, *, lang: str = "en") -> tuple[Path, Path]:
-    """Writes `report.html` (one page, nothing fetched) and `report.md` into `folder`, in one language, en or zh.
+    """Writes `report.html` (one page, nothing fetched) and `report.md` into `folder`, in one language: en or zh.
 
-    Thumbnails of `result.flips` are read from `folder`, or else from the run folder; one that is missing is not
-    shown. Raises UnknownName (language), MissingBackend (jinja2), BadBundle (the original or winner was not measured).
+    Thumbnails of `result.flips` are read from `folder`, else from the run folder; a missing one is not shown.
+    Raises UnknownName (language), MissingBackend (jinja2), BadBundle (the original or winner was not measured).
     """
     shown = view(result, lang, thumbnails(result, folder))
     pages = folder / "report.html", folder / "report.md"
@@ -30,8 +33,24 @@ def write(result: Result, folder: Path, *, lang: str = "en") -> tuple[Path, Path
     return pages
 
 
+def read_result(folder: Path) -> Result:
+    """The Result of a run folder. Raises BadBundle where `result.json` is missing, damaged or of a newer lighten."""
+    file = folder / "result.json"
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        version = int(plain["schema_version"])
+        result = from_json(Result, plain) if version == SCHEMA_VERSION else None
+    except FileNotFoundError as e:
+        raise BadBundle(f"There is no {file}.", "Give a run folder whose `lighten compress` has finished.") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadBundle(f"{file} cannot be read: {str(e)[:200]}", "Run `lighten compress` again: it resumes.") from e
+    if result is None:
+        raise BadBundle(f"{file} has schema version {version}, not {SCHEMA_VERSION}.", "Use the lighten that wrote it.")
+    return dataclasses.replace(result, path=str(folder))
+
+
 def thumbnails(result: Result, folder: Path) -> dict[str, str]:
-    """The pictures of `result.flips` as data URIs, by the name used there. Only PNG files inside the folder are taken."""
+    """The pictures of `result.flips` as data URIs, by the name used there; only PNG files inside the folder."""
     homes = [home.resolve() for home in (folder, *([Path(result.path)] if result.path else []))]
     found = {}
     for name in {str(flip.get("thumbnail", "")) for flip in result.flips} - {""}:
@@ -60,15 +79,9 @@ def _markdown(shown: Mapping[str, Any]) -> str:
 
 def _template(name: str, **options: Any) -> Any:
     jinja2 = require("jinja2", "compress", "write the report")
+    options |= {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     loader = jinja2.FileSystemLoader(_HERE)
-    house = jinja2.Environment(
-        loader=loader,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        **options,
-    )
+    house = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     return house.get_template(name)
 
 

@@ -22,7 +22,10 @@ FAR = tuple((dx, dy) for dy in (-34, 34, -56, 56, -78, 78) for dx in (0, 46, -46
 
 @dataclass(frozen=True)
 class Point:
-    """One trial in a plane; `kind` is winner, original, inside or outside; `short` is used where `label` has no room."""
+    """One trial in a plane. `kind` is winner, original, inside or outside.
+
+    `short` is written where `label` has no room.
+    """
 
     label: str
     short: str
@@ -58,7 +61,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Ask:
-    """A spot that wants one of these texts beside it, the first if possible; `far` allows a place with a leader line."""
+    """A spot that wants one of these texts beside it, the first if possible.
+
+    `far` allows a place a little off, with a thin line back.
+    """
 
     spot: tuple[float, float]
     texts: tuple[str, ...]
@@ -98,7 +104,10 @@ def nice_ticks(lo: float, hi: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(lo: float, hi: float, most: int = 6) -> list[float]:
-    """1, 2 and 5 times powers of ten within lo..hi; powers only where that is too many, round numbers where too few."""
+    """1, 2 and 5 times powers of ten within lo..hi; fewer of them where that is too many.
+
+    Where fewer than three lie in the range, round numbers instead.
+    """
     decades = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [round(s * 10.0**d, 10) for d in decades for s in steps if lo <= s * 10.0**d <= hi]
@@ -117,12 +126,15 @@ def text_width(text: str, size: float = FONT) -> float:
 
 
 def shorten(text: str, width: float, size: float = FONT) -> str:
-    """The text, cut with an ellipsis where it needs more than `width` pixels."""
+    """The text, its middle cut out where it needs more than `width` pixels: both ends tell most."""
     if text_width(text, size) <= width:
         return text
-    while text and text_width(text + "…", size) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    for kept in range(len(text) - 1, 0, -1):
+        tail = kept // 3
+        short = text[: kept - tail].rstrip() + "…" + text[len(text) - tail :].lstrip()
+        if text_width(short, size) <= width:
+            return short
+    return "…"
 
 
 def _text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -> str:
@@ -161,9 +173,9 @@ def scatter(
     limit_text: str = "",
     floor: float = -math.inf,
 ) -> str:
-    """x (log) against y with error bars, the Pareto front, and dashed budget limits where they lie in the picture.
+    """x (log) against y with error bars, the Pareto front, and dashed budget limits where they are in range.
 
-    What lies under `floor` is drawn as an arrow at the lower edge, so that one failure does not flatten the rest.
+    What lies under `floor` is an arrow at the lower edge, so that one failure does not flatten the rest.
     """
     points = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y) and p.x > 0]
     if not points:
@@ -171,11 +183,10 @@ def scatter(
     points.sort(key=lambda p: ("winner", "original").index(p.kind) if p.kind in ("winner", "original") else 2)
     plane = _plane(points, (50.0, 30.0, width - 14, height - 42), floor)
     best = [p for p in front(points) if p.y >= plane.ys[0]]
-    limits = _limits(plane, x_limit, y_limit, limit_text)
     asks = [_ask(p, plane, crowded=len(points) > CROWD and p not in best) for p in points]
-    lines = _front_boxes(best, plane)
-    taken = [*_obstacles(points, asks, plane), *limits.texts]
-    notes = place(asks, taken, plane.area, ([*lines, *limits.lines], lines))
+    marks, lines = _obstacles(points, asks, plane), _front_boxes(best, plane)
+    limits = _limits(plane, x_limit, y_limit, limit_text, marks)
+    notes = place(asks, [*marks, *limits.texts], plane.area, ([*lines, *limits.lines], lines))
     parts = [
         *_grid(plane, x_title, y_title),
         *limits.parts,
@@ -244,24 +255,32 @@ class _Limits:
     texts: list[Box]
 
 
-def _limits(plane: _Plane, x_limit: float | None, y_limit: float | None, text: str) -> _Limits:
+def _limits(plane: _Plane, x_limit: float | None, y_limit: float | None, text: str, taken: Sequence[Box]) -> _Limits:
+    """Each text goes to the end of its line that covers nothing, or to the first end where both do."""
     left, top, right, bottom = plane.area
     found, wide = _Limits([], [], []), text_width(text, 11) + 6
     if x_limit is not None and plane.xs[0] < x_limit < plane.xs[1]:
         at = plane.x(x_limit)
-        start = at if at + wide < right else at - wide
-        found.parts.append(f'<path class="limit" d="M{at:.1f} {top:.1f}V{bottom:.1f}"/>')
-        found.parts.append(_text(start + wide / 2, bottom - 7, text, "limit-text", "middle"))
-        found.lines.append((at - 1, top, at + 1, bottom))
-        found.texts.append((start, bottom - 18, start + wide, bottom - 2))
+        sides = [(x, y, x + wide, y + 16) for y in (bottom - 18, top + 2) for x in (at, at - wide)]
+        _add_limit(found, f"M{at:.1f} {top:.1f}V{bottom:.1f}", (at - 1, top, at + 1, bottom), text)
+        _add_limit_text(found, sides, text, taken, plane.area)
     if y_limit is not None and plane.ys[0] < y_limit < plane.ys[1]:
         at = plane.y(y_limit)
-        base = at - 5 if at - 18 > top else at + 13
-        found.parts.append(f'<path class="limit" d="M{left:.1f} {at:.1f}H{right:.1f}"/>')
-        found.parts.append(_text(right - 4, base, text, "limit-text", "end"))
-        found.lines.append((left, at - 1, right, at + 1))
-        found.texts.append((right - wide, base - 11, right, base + 4))
+        sides = [(x, y, x + wide, y + 16) for x in (right - wide, left) for y in (at - 16, at + 2)]
+        _add_limit(found, f"M{left:.1f} {at:.1f}H{right:.1f}", (left, at - 1, right, at + 1), text)
+        _add_limit_text(found, sides, text, taken, plane.area)
     return found
+
+
+def _add_limit(found: _Limits, path: str, box: Box, text: str) -> None:
+    found.parts.append(f'<path class="limit" d="{path}"><title>{escape(text)}</title></path>')
+    found.lines.append(box)
+
+
+def _add_limit_text(found: _Limits, sides: Sequence[Box], text: str, taken: Sequence[Box], area: Box) -> None:
+    box = next((side for side in sides if _free(side, [*taken, *found.texts], area)), sides[0])
+    found.parts.append(_text((box[0] + box[2]) / 2, box[3] - 4, text, "limit-text", "middle"))
+    found.texts.append(box)
 
 
 def _obstacles(points: Sequence[Point], asks: Sequence[Ask], plane: _Plane) -> list[Box]:
@@ -288,7 +307,7 @@ def place(
 ) -> list[Note | None]:
     """A free place for each ask's first text that has one, close by or a little off; None where all is full.
 
-    `taken` is never covered. `dodge` holds sets of thin lines: the first is dodged where it can be, else the second...
+    `taken` is never covered. `dodge` holds sets of thin lines: the first is dodged where possible, else the next.
     """
     taken = list(taken)
     notes: list[Note | None] = []
@@ -304,7 +323,7 @@ def place(
 def _candidates(ask: Ask, text: str) -> Iterable[Note]:
     wide, high = text_width(text) + 4, FONT + 4
     for dx, dy in NEAR:
-        reach = 10 if not (dx and dy) else 7
+        reach = 9 if dx and dy else 10
         yield Note(text, _around(ask, dx * (reach + wide / 2), dy * (reach + high / 2), wide, high), False)
     for dx, dy in FAR if ask.far else ():
         yield Note(text, _around(ask, dx, dy, wide, high), True)
@@ -346,7 +365,7 @@ def _mark(p: Point, spot: tuple[float, float], plane: _Plane) -> str:
 
 
 def shape(kind: str, px: float, py: float) -> str:
-    """The marker of a kind: a ringed dot for the winner, a diamond for the original, an arrow for what is off the chart."""
+    """A marker: a ringed dot for the winner, a diamond for the original, an arrow for what is off the chart."""
     if kind == "original":
         return f'<path class="dot" d="M{px:.1f} {py - 7:.1f}l7 7l-7 7l-7 -7z"/>'
     if kind == "below":
@@ -387,7 +406,7 @@ def strips(rows: Sequence[Strip], *, width: float = 900, unit: str = "ms", title
     if not rows:
         return ""
     stacked = width < 600
-    names = min(width * 0.34, 24 + max(text_width(r.label) for r in rows))
+    names = min(width * 0.44, 24 + max(text_width(r.label) for r in rows))
     step, left, right = (46.0, 0.0, width - 62) if stacked else (34.0, names, width - 84)
     end = 1.12 * max(_quantile(r.samples, 0.95) for r in rows)
     x, bottom = linear(0, end, left, right), step * len(rows) + 8
@@ -412,7 +431,8 @@ def _strip(row: Strip, x: Map, y: float, end: float, left: float, width: float, 
     return (
         f'<g class="strip {escape(row.kind)}"><title>{escape(row.label)}: {escape(row.value)}</title>{name}'
         f'<path class="samples" d="{ticks}"/>'
-        f'<rect class="box" x="{x(low):.1f}" y="{y - 7:.1f}" width="{max(1.0, x(high) - x(low)):.1f}" height="14" rx="2"/>'
+        f'<rect class="box" x="{x(low):.1f}" y="{y - 7:.1f}" width="{max(1.0, x(high) - x(low)):.1f}" '
+        f'height="14" rx="2"/>'
         f'<path class="median" d="M{x(middle):.1f} {y - 10:.1f}v20"/>{more}'
         f"{_text(width, y + 4, row.value, f'value {row.kind}', 'end')}</g>"
     )
@@ -438,7 +458,7 @@ def extent(changes: Iterable[Change]) -> float:
 
 
 def diverging(changes: Sequence[Change], *, reach: float, width: float = 900, title: str = "") -> str:
-    """One bar a class from the zero line: to the left it got worse, to the right better; -reach..reach points."""
+    """One bar a class from the zero line, -reach..reach points: to the left it got worse, to the right better."""
     step, numbers = 24.0, 108.0
     names = min(width * 0.3, max((text_width(c.label) for c in changes), default=0.0))
     left, right, bottom = names + 10, width - numbers, step * len(changes) + 6
@@ -459,7 +479,8 @@ def _change_bar(c: Change, x: Map, top: float, names: float, width: float) -> st
     return (
         f'<g class="{side}"><title>{escape(c.label)}: {c.before:.1f} → {c.after:.1f} (n = {c.n})</title>'
         f"{_text(0, top + 14, shorten(c.label, names), 'name')}"
-        f'<rect class="bar" x="{start:.1f}" y="{top + 3:.1f}" width="{max(end - start, 0.8):.1f}" height="12" rx="1.5"/>'
+        f'<rect class="bar" x="{start:.1f}" y="{top + 3:.1f}" width="{max(end - start, 0.8):.1f}" '
+        f'height="12" rx="1.5"/>'
         f"{_text(width, top + 14, f'{c.before:.1f} → {c.after:.1f}', 'pair', 'end')}</g>"
     )
 
@@ -468,6 +489,7 @@ def meter(value: float, full: float, css: str = "") -> str:
     """A small bar, 64 pixels for `full`; empty for what is not a number."""
     wide = 64 * min(1.0, max(0.0, value / full)) if math.isfinite(value) else 0.0
     return (
-        f'<svg viewBox="0 0 64 6" class="meter {escape(css)}" aria-hidden="true"><rect class="track" width="64" height="6" rx="3"/>'
+        f'<svg viewBox="0 0 64 6" class="meter {escape(css)}" aria-hidden="true">'
+        f'<rect class="track" width="64" height="6" rx="3"/>'
         f'<rect class="fill" width="{wide:.1f}" height="6" rx="3"/></svg>'
     )

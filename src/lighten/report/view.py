@@ -1,9 +1,9 @@
-"""A Result as the report shows it: rows of ready text and pictures. Decides what is said; the templates only lay it out."""
+"""A Result as the report shows it: what is said and drawn, as ready text. The templates only lay it out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         "metric": metric_title(base.metric_name),
         **_headline(result, base, won, t),
         "signed": signed,
+        "advice": [line.zh if lang == "zh" else line.en for line in result.advice],
         "limits": limits(result, base, won, t),
         "columns": next((row.cells for row in table if row.cells), ()),
         "rows": table,
@@ -329,25 +330,27 @@ def _pictures(result: Result, table: Sequence[Row], t: Texts) -> dict[str, Any]:
     """Each chart twice, for a wide page and for a phone; the page's CSS shows one."""
     base, budget = _evidence(result.baseline), result.budget
     measured = [(row, row.trial.evidence) for row in table if row.trial.evidence]
-    metric = metric_title(base.metric_name)
-    floor = base.metric.value - max(6.0, 4 * (budget.max_drop or 0))
-    shared = {
-        "y_title": f"{metric} %",
-        "limit_text": t["limit_line"],
-        "floor": floor,
-        "y_limit": None if budget.max_drop is None else base.metric.value - budget.max_drop,
-    }
+    metric, slack = metric_title(base.metric_name), budget.max_drop
+
+    def plane(points: Sequence[charts.Point], title: str, limit: float | None) -> dict[str, str]:
+        return _both(
+            lambda width: charts.scatter(
+                points,
+                x_title=title,
+                y_title=f"{metric} %",
+                width=width,
+                x_limit=limit,
+                y_limit=None if slack is None else base.metric.value - slack,
+                limit_text=t["limit_line"],
+                floor=base.metric.value - max(6.0, 4 * (slack or 0)),
+            )
+        )
+
     size = [_point(row, got, got.size.mb) for row, got in measured]
     speed = [_point(row, got, got.p50(1)) for row, got in measured]
     planes = [
-        _both(
-            lambda w: charts.scatter(size, x_title=t["axis_size"], x_limit=_size_limit(result, base), width=w, **shared)
-        ),
-        _both(
-            lambda w: charts.scatter(
-                speed, x_title=t["axis_latency"], x_limit=_latency_limit(result, base), width=w, **shared
-            )
-        ),
+        plane(size, t["axis_size"], _size_limit(result, base)),
+        plane(speed, t["axis_latency"], _latency_limit(result, base)),
     ]
     bars = [
         charts.Strip(f"{row.number} · {row.title}", one.samples_ms, row.kind, significant(one.p50))
@@ -362,7 +365,7 @@ def _pictures(result: Result, table: Sequence[Row], t: Texts) -> dict[str, Any]:
     }
 
 
-def _both(draw: Any, wide: float = 540, narrow: float = 350) -> dict[str, str]:
+def _both(draw: Callable[[float], str], wide: float = 540, narrow: float = 350) -> dict[str, str]:
     return {"wide": draw(wide), "narrow": draw(narrow)}
 
 
