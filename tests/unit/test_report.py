@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import random
 import re
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 
 from lighten.errors import BadBundle, UnknownName
-from lighten.report import Raw, charts, markdown_text, write
+from lighten.report import Raw, charts, markdown_text, read_result, write
 from lighten.report.texts import EN, ZH, sentence
 from lighten.report.view import fixed, rows, saved, significant, slower_than_float, stored, view
 from lighten.types import (
+    Advice,
     Agreement,
     Artifact,
     Budget,
@@ -38,6 +40,7 @@ from lighten.types import (
     Step,
     Trial,
     Weight,
+    to_json,
 )
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -46,34 +49,47 @@ HOSTILE = "<script>alert('x')</script>"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
-def evidence(
-    mb: float, top1: float, ms: float, *, drop: float = 0.0, flipped: int = 0, seed: int = 0
-) -> Evidence:
+def evidence(mb: float, top1: float, ms: float, *, drop: float = 0.0, flipped: int = 0, seed: int = 0) -> Evidence:
     """A plausible measurement: 60 readings with a slow tail, faster on 4 threads; weights that add up to the size."""
     dice = random.Random(seed)
-    samples = tuple(
-        ms * (1 + abs(dice.gauss(0, 0.02)) + (0.4 if dice.random() < 0.04 else 0)) for _ in range(60)
-    )
+    samples = tuple(ms * (1 + abs(dice.gauss(0, 0.02)) + (0.4 if dice.random() < 0.04 else 0)) for _ in range(60))
     size = int(mb * 1e6)
     weights = (
         Weight("conv.weight", "int8", (int(size * 0.9), 1), int(size * 0.9), 0.04),
         Weight("conv.bias", "float32", (1000,), 4000, 0.0),
     )
     return Evidence(
-        metric_name="top1", metric=Estimate(top1, 0.42, 5000), drop=Estimate(drop, 0.11, 5000), extra=(), flipped=flipped,
-        classes=(), latency=(Latency(1, samples), Latency(4, tuple(s * 0.36 for s in samples))), throughput=1000 / ms,
-        memory_mb=mb * 1.6 + 38, size=Size(size, int(size * 0.92), weights),
-        fidelity=Agreement(5000, 99.96, 1e-4, 2.1e-3, 62.0), drift=Agreement(5000, 98.4, 0.05, 1.9, 27.5), runtime="ONNX Runtime 1.31.1",
-    )  # fmt: skip
+        metric_name="top1",
+        metric=Estimate(top1, 0.42, 5000),
+        drop=Estimate(drop, 0.11, 5000),
+        extra=(),
+        flipped=flipped,
+        classes=(),
+        latency=(Latency(1, samples), Latency(4, tuple(s * 0.36 for s in samples))),
+        throughput=1000 / ms,
+        memory_mb=mb * 1.6 + 38,
+        size=Size(size, int(size * 0.92), weights),
+        fidelity=Agreement(5000, 99.96, 1e-4, 2.1e-3, 62.0),
+        drift=Agreement(5000, 98.4, 0.05, 1.9, 27.5),
+        runtime="ONNX Runtime 1.31.1",
+    )
 
 
 def layers(n: int) -> tuple[dict[str, Any], ...]:
     """`n` quantized layers, the third one the worst, and one left in float."""
     rows = [
-        {"layer": f"layer{1 + k // 4}.{k % 4}.conv", "op": "conv2d", "weights": "int8", "shape": (64, 64, 3, 3),
-         "weight_sqnr_db": 17.25 if k == 2 else 38.0 + k % 5, "input_range": (-0.2, 3.4 + k), "range_method": "mse", "input_sqnr_db": 33.0 + k % 3}
+        {
+            "layer": f"layer{1 + k // 4}.{k % 4}.conv",
+            "op": "conv2d",
+            "weights": "int8",
+            "shape": (64, 64, 3, 3),
+            "weight_sqnr_db": 17.25 if k == 2 else 38.0 + k % 5,
+            "input_range": (-0.2, 3.4 + k),
+            "range_method": "mse",
+            "input_sqnr_db": 33.0 + k % 3,
+        }
         for k in range(n)
-    ]  # fmt: skip
+    ]
     return (
         *rows,
         {"layer": "fc", "op": "linear", "weights": "float32", "reason": "the precision keeps it in float"},
@@ -84,15 +100,27 @@ def sample_trials() -> tuple[Trial, ...]:
     """float16, a winning int8, an int8 that is slower than float, openvino twice, a pruned one, and a failure."""
     int8 = Precision("int8", "uint8")
     return (
-        Trial(Recipe(precision=Precision("float16", "float16"), format="onnx"), evidence=evidence(22.4, 94.31, 14.1, drop=0.01, seed=1)),
-        Trial(Recipe((Step("quantize"),), int8, "onnx"), Artifact("artifacts/int8.onnx", "onnx", "ab" * 32),
-              evidence(11.4, 94.20, 3.52, drop=0.12, flipped=61, seed=2), layers=layers(20)),
+        Trial(
+            Recipe(precision=Precision("float16", "float16"), format="onnx"),
+            evidence=evidence(22.4, 94.31, 14.1, drop=0.01, seed=1),
+        ),
+        Trial(
+            Recipe((Step("quantize"),), int8, "onnx"),
+            Artifact("artifacts/int8.onnx", "onnx", "ab" * 32),
+            evidence(11.4, 94.20, 3.52, drop=0.12, flipped=61, seed=2),
+            layers=layers(20),
+        ),
         Trial(Recipe((), Precision(), "openvino"), evidence=evidence(44.9, 94.32, 11.4, drop=0.0, seed=3)),
         Trial(Recipe((Step("quantize"),), int8, "openvino"), evidence=evidence(11.6, 94.02, 12.2, drop=0.3, seed=4)),
-        Trial(Recipe((Step("channel_prune", (("ratio", 0.5),)), Step("distill"), Step("quantize")), int8, "onnx"),
-              evidence=evidence(4.1, 92.7, 1.61, drop=1.62, seed=5)),
-        Trial(Recipe((Step("quantize"),), Precision("int4", "uint8"), "onnx"), failure=Failure("export", "Opset 19 has no INT4 <Conv> kernel.")),
-    )  # fmt: skip
+        Trial(
+            Recipe((Step("channel_prune", (("ratio", 0.5),)), Step("distill"), Step("quantize")), int8, "onnx"),
+            evidence=evidence(4.1, 92.7, 1.61, drop=1.62, seed=5),
+        ),
+        Trial(
+            Recipe((Step("quantize"),), Precision("int4", "uint8"), "onnx"),
+            failure=Failure("export", "Opset 19 has no INT4 <Conv> kernel."),
+        ),
+    )
 
 
 def sample_result(**changes: Any) -> Result:
@@ -101,20 +129,41 @@ def sample_result(**changes: Any) -> Result:
     after = (94.9, 97.0, 92.0, 86.1, 94.6, 89.7, 96.8, 95.8, 96.9, 96.2)
     before = (95.1, 97.1, 92.4, 88.4, 94.2, 90.1, 96.7, 96.0, 96.9, 95.9)
     whole = Result(
-        verdict="PASS", misses=(), advice=("Int8 in OpenVINO is slower than its float here; use the ONNX file.",),
+        verdict="PASS",
+        misses=(),
+        advice=(Advice("Int8 in OpenVINO is slower than its float here.", "OpenVINO 的 int8 在本机比浮点慢。"),),
         budget=Budget(max_drop=0.5, min_shrink=60, min_speedup=2.0, time_s=3600),
-        device=Device("x86", "x86 laptop (VNNI)", "x86 笔记本（VNNI）", ("onnx", "openvino")), task="classification", model="resnet18",
-        data="cifar10", classes=CLASSES, classes_zh=CLASSES_ZH, preprocess=Preprocess(64, 64),
+        device=Device("x86", "x86 laptop (VNNI)", "x86 笔记本（VNNI）", ("onnx", "openvino")),
+        task="classification",
+        model="resnet18",
+        data="cifar10",
+        classes=CLASSES,
+        classes_zh=CLASSES_ZH,
+        preprocess=Preprocess(64, 64),
         baseline=Trial(Recipe(), Artifact("artifacts/original.onnx", "onnx", "cd" * 32), evidence(44.8, 94.32, 13.8)),
-        trials=trials, winner=trials[1].id,
-        final=Final(Estimate(94.28, 0.23, 10000), Estimate(94.19, 0.23, 10000), Estimate(0.09, 0.08, 10000), 121,
-                    tuple(ClassChange(n, b, a, 1000) for n, b, a in zip(CLASSES, before, after))),
+        trials=trials,
+        winner=trials[1].id,
+        final=Final(
+            Estimate(94.28, 0.23, 10000),
+            Estimate(94.19, 0.23, 10000),
+            Estimate(0.09, 0.08, 10000),
+            121,
+            tuple(ClassChange(n, b, a, 1000) for n, b, a in zip(CLASSES, before, after)),
+        ),
         environment={"lighten": "0.1.0", "python": "3.12.3", "cpu": "Intel Xeon, 2 cores", "onnxruntime": "1.31.1"},
         command="lighten compress resnet18.safetensors --data cifar10 --device x86 --max-drop 0.5",
         images={"train": 44500, "calibrate": 500, "select": 5000, "report": 10000},
-        flips=tuple({"image": f"test/{k}.png", "thumbnail": f"flips/{k}.png", "truth": k % 10, "before": (k + (k % 3 == 1)) % 10,
-                     "after": (k + (k % 3 != 1)) % 10} for k in range(3)),
-    )  # fmt: skip
+        flips=tuple(
+            {
+                "image": f"test/{k}.png",
+                "thumbnail": f"flips/{k}.png",
+                "truth": k % 10,
+                "before": (k + (k % 3 == 1)) % 10,
+                "after": (k + (k % 3 != 1)) % 10,
+            }
+            for k in range(3)
+        ),
+    )
     return dataclasses.replace(whole, **changes)
 
 
@@ -128,15 +177,20 @@ def hostile_result() -> Result:
     """Every text that comes from outside is an attack."""
     base = sample_result()
     classes = (HOSTILE, *CLASSES[1:])
-    final = dataclasses.replace(
-        base.final, classes=(ClassChange(HOSTILE, 95.0, 80.0, 1000), *base.final.classes[1:])
-    )
+    final = dataclasses.replace(base.final, classes=(ClassChange(HOSTILE, 95.0, 80.0, 1000), *base.final.classes[1:]))
     return dataclasses.replace(
-        base, classes=classes, classes_zh=classes, final=final, model=HOSTILE, data=HOSTILE, command=f"lighten ```{HOSTILE}",
-        advice=(f"{HOSTILE}\n| a | b |",), environment={HOSTILE: HOSTILE},
+        base,
+        classes=classes,
+        classes_zh=classes,
+        final=final,
+        model=HOSTILE,
+        data=HOSTILE,
+        command=f"lighten ```{HOSTILE}",
+        advice=(Advice(*[f"{HOSTILE}\n| a | b |"] * 2),),
+        environment={HOSTILE: HOSTILE},
         trials=(*base.trials, Trial(Recipe(format=HOSTILE), failure=Failure(HOSTILE, HOSTILE))),
         flips=({"image": f'"{HOSTILE}', "thumbnail": "flips/0.png", "truth": 0, "before": 0, "after": 1},),
-    )  # fmt: skip
+    )
 
 
 def png(folder: Path, name: str) -> None:
@@ -207,10 +261,9 @@ def test_chinese_page_is_chinese(tmp_path: Path) -> None:
     assert all(name in seen.text for name in CLASSES_ZH)
     assert "airplane" not in seen.text
     assert "x86 笔记本（VNNI）" in seen.text
+    assert "OpenVINO 的 int8 在本机比浮点慢。" in seen.text
     assert "失败：export" in seen.text
-    left = {
-        phrase for phrase in EN.values() if len(phrase) > 12 and "{" not in phrase and phrase in seen.text
-    }
+    left = {phrase for phrase in EN.values() if len(phrase) > 12 and "{" not in phrase and phrase in seen.text}
     assert left == set()
 
 
@@ -237,10 +290,7 @@ def test_the_page_fetches_nothing(tmp_path: Path) -> None:
     html, seen = page(sample_result(), tmp_path)
     assert not re.search(r"https?://|//[a-z]|@import|url\(", html)
     sources = [
-        v
-        for _, attrs in seen.tags
-        for k, v in attrs.items()
-        if k in ("src", "href", "srcset", "data", "xlink:href")
+        v for _, attrs in seen.tags for k, v in attrs.items() if k in ("src", "href", "srcset", "data", "xlink:href")
     ]
     assert len(sources) == 1
     assert str(sources[0]).startswith("data:image/png;base64,")
@@ -311,14 +361,36 @@ def test_numbers_that_were_not_measured_are_dashes(tmp_path: Path) -> None:
     assert "—" in seen.text
 
 
+def test_a_result_read_back_gives_the_same_page(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(to_json(sample_result())), encoding="utf-8")
+    again = read_result(tmp_path)
+    assert again.path == str(tmp_path)
+    assert page(again, tmp_path)[0] == page(sample_result(), tmp_path / "first")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "There is no"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"schema_version": 1}', "cannot be read"),
+        ('{"schema_version": 2}', "has schema version 2, not 1"),
+    ],
+)
+def test_a_result_that_cannot_be_read_says_why(tmp_path: Path, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / "result.json").write_text(text)
+    with pytest.raises(BadBundle, match=says):
+        read_result(tmp_path)
+
+
 # --- Markdown ---------------------------------------------------------------------------------------
 
 
 def table(text: str, title: str) -> list[str]:
     """The lines of the table under a heading."""
-    return [
-        line for line in text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines() if line.startswith("|")
-    ]
+    return [line for line in text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
 
 
 def test_markdown_has_a_row_for_every_trial_and_as_many_columns_in_each(tmp_path: Path) -> None:
@@ -352,10 +424,7 @@ def test_markdown_text_escapes_all_but_raw() -> None:
 def test_both_languages_have_the_same_words_with_the_same_blanks() -> None:
     assert EN.keys() == ZH.keys()
     for name in EN:
-        blanks = [
-            sorted({part[1] for part in string.Formatter().parse(words[name]) if part[1]})
-            for words in (EN, ZH)
-        ]
+        blanks = [sorted({part[1] for part in string.Formatter().parse(words[name]) if part[1]}) for words in (EN, ZH)]
         assert blanks[0] == blanks[1] or name == "keeps"
 
 
@@ -425,9 +494,7 @@ def test_stored_counts_zeros_over_values() -> None:
         Weight("b", "int8", (10,), 10, 1.0),
         Weight("c", "float32", (75,), 300, 0.0),
     )
-    assert [
-        (row["dtype"], row["tensors"], row["size"], row["percent"], row["zeros"]) for row in stored(weights)
-    ] == [
+    assert [(row["dtype"], row["tensors"], row["size"], row["percent"], row["zeros"]) for row in stored(weights)] == [
         ("float32", 1, 300, 75.0, "0.0%"),
         ("int8", 2, 100, 25.0, "19.0%"),
     ]
@@ -460,8 +527,10 @@ def test_scatter_places_points_by_hand() -> None:
     svg = charts.scatter([point(1, 80), point(100, 90)], x_title="x", y_title="y", width=540, height=400)
     dots = [(float(x), float(y)) for x, y in re.findall(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)]
     left, low = 476 * 0.14 / 1.28, 328 * 1.2 / 12.4
-    assert sorted(dots) == [(pytest.approx(50 + left, abs=0.06), pytest.approx(358 - low, abs=0.06)),
-                            (pytest.approx(526 - left, abs=0.06), pytest.approx(30 + low, abs=0.06))]  # fmt: skip
+    assert sorted(dots) == [
+        (pytest.approx(50 + left, abs=0.06), pytest.approx(358 - low, abs=0.06)),
+        (pytest.approx(526 - left, abs=0.06), pytest.approx(30 + low, abs=0.06)),
+    ]
     assert f'class="front" d="M{50 + left:.1f} {358 - low:.1f}H{526 - left:.1f}V{30 + low:.1f}"' in svg
 
 
@@ -500,9 +569,7 @@ def test_labels_neither_overlap_nor_leave_the_picture() -> None:
 
 def test_strips_by_hand() -> None:
     # 1..9 ms and p95 = 8.6, so the axis ends at 1.12 * 8.6 = 9.632; the name takes 24 + 7.2, so the plot is 31.2..816.
-    svg = charts.strips(
-        [charts.Strip("a", tuple(float(k) for k in range(1, 10)), "winner", "5.00")], width=900
-    )
+    svg = charts.strips([charts.Strip("a", tuple(float(k) for k in range(1, 10)), "winner", "5.00")], width=900)
     scale = (816 - 31.2) / 9.632
     assert f'class="median" d="M{31.2 + 5 * scale:.1f} 11.0v20"' in svg
     assert f'class="box" x="{31.2 + 3 * scale:.1f}" y="14.0" width="{4 * scale:.1f}"' in svg
@@ -532,8 +599,7 @@ def test_diverging_by_hand() -> None:
 
 def test_meter_by_hand() -> None:
     widths = [
-        re.findall(r'class="fill" width="([\d.]+)"', charts.meter(v, 50))[0]
-        for v in (25, 80, -3, math.nan, math.inf)
+        re.findall(r'class="fill" width="([\d.]+)"', charts.meter(v, 50))[0] for v in (25, 80, -3, math.nan, math.inf)
     ]
     assert widths == ["32.0", "64.0", "0.0", "0.0", "0.0"]
 
@@ -542,5 +608,5 @@ def test_text_is_cut_to_the_room_it_has() -> None:
     assert charts.text_width("ab", 10) == 12
     assert charts.text_width("飞机", 10) == 20
     assert charts.shorten("airplane", 100, 10) == "airplane"
-    assert charts.shorten("airplane", 36, 10) == "airp…"
+    assert charts.shorten("airplane", 36, 10) == "air…e"
     assert charts.text_width(charts.shorten("飞机" * 20, 50, 10), 10) <= 50
