@@ -126,10 +126,9 @@ def own_preprocess(arch: str, model: nn.Module) -> Preprocess | None:
     if home != "torchvision":
         return None
     models = require("torchvision", "compress", "read its preprocessing").models
-    try:
-        preset = models.get_model_weights(name).DEFAULT.transforms()
-    except (ValueError, AttributeError):
+    if name not in models.list_models(module=models):  # the others take videos, or pairs of images
         return None
+    preset = models.get_model_weights(name).DEFAULT.transforms()
     crop, resize = preset.crop_size[0], preset.resize_size[0]
     return Preprocess(
         crop,
@@ -303,7 +302,7 @@ def _from_file(file: Path, name: str, classes: int | None, trust_code: bool) -> 
         model = make() if classes is None else _call(make, classes)
     except BadModel:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # the user's own code may raise anything
         raise BadModel(f"{file}:{name} failed: {type(e).__name__}: {e}", "Mend the file, then run it again.") from e
     if not isinstance(model, nn.Module):
         raise BadModel(f"{file}:{name} gave a {type(model).__name__}, not an nn.Module.", "Return the model.")
