@@ -299,27 +299,22 @@ def _command() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: every failure becomes one clear message and its own exit code."""
-    import click
-
     try:
         code = app(argv, standalone_mode=False)
         return sys.exit(code if isinstance(code, int) else 0)
     except errors.LightenError as e:
         _complain(e.what, e.to_do)
         return sys.exit(e.exit_code)
-    except click.exceptions.NoArgsIsHelpError as e:
-        typer.echo(e.format_message())
-        return sys.exit(errors.EXIT_INPUT)
-    except click.ClickException as e:
-        _complain(e.format_message(), "lighten --help shows every command.")
-        return sys.exit(errors.EXIT_INPUT)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _complain("Interrupted.", "Run the same command to continue; finished trials are kept.")
         return sys.exit(errors.EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return sys.exit(errors.EXIT_BUG)
-    except Exception as e:  # noqa: BLE001 - the last resort: a bug of ours, kept in a log
+    except Exception as e:  # noqa: BLE001 - the last resort
+        if (told := getattr(e, "format_message", None)) is not None:  # a usage error of typer, whose class moves about
+            _complain(told(), "lighten --help shows every command.")
+            return sys.exit(errors.EXIT_INPUT)
         _complain(
             f"This is a bug of lighten: {type(e).__name__}: {e}",
             f"Please report it with the log: {_write_log()}",

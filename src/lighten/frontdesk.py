@@ -341,7 +341,7 @@ def _inspect_data(data: str, how: Preprocess | None, progress: Progress) -> tupl
         "classes": f"{len(found.classes)}: {', '.join(found.classes[:20])}",
         **{k: f"{len(s)} images" for k, s in found.splits.items()},
     }
-    findings = examine(found, how) if how is not None else ()
+    findings = examine(found, how)
     return rows, (*found.notices, *(f"{f.level}: {f.what} {f.to_do}" for f in findings))
 
 

@@ -20,7 +20,7 @@ from lighten.bench import Timing
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
 from lighten.data.doctor import examine as examine_data
-from lighten.data.doctor import raise_errors, suspect_normalization
+from lighten.data.doctor import Finding, raise_errors, suspect_channel_order, suspect_normalization
 from lighten.errors import BadConfig, BadModel
 from lighten.machine import environment, this_machine
 from lighten.methods.quantize import precisions
@@ -43,6 +43,7 @@ from lighten.types import (
 
 Log = Callable[[str], None]
 FLIPS_SHOWN = 24
+DOUBT_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,7 @@ def weigh_in(
     outputs = workshop.torch_outputs(job.original, job, select)
     score = get("tasks", job.task).score(outputs, select.labels)
     log(f"original in torch: top-1 {score} % on {len(select)} select images")
-    doubt = suspect_normalization(score.value, len(job.data.classes), len(select))
-    if doubt:
+    for doubt in doubts(job, outputs):
         log(f"{doubt.level}: {doubt.what} {doubt.to_do}")
     reference = workshop.Reference(select, outputs)
     recipe = Recipe(format="onnx")
@@ -191,6 +191,21 @@ def weigh_in(
             "Mend the model first; nothing else was tried.",
         )
     return book, baseline, reference
+
+
+def doubts(job: Job, outputs: np.ndarray) -> list[Finding]:
+    """Whether the model seems to want other preprocessing than it gets: no better than guessing, or better as BGR."""
+    task, sample = get("tasks", job.task), job.data.select.take(DOUBT_IMAGES)
+    score = task.score(outputs, job.data.select.labels)
+    found = [suspect_normalization(score.value, len(job.data.classes), score.n)]
+
+    def accuracy(pixels: np.ndarray) -> float:
+        turned = dataclasses.replace(sample, ready=pixels)
+        return float(task.score(workshop.torch_outputs(job.original, job, turned), sample.labels).value)
+
+    if job.preprocess is not None and workshop.decoded(sample).dtype == np.uint8:
+        found.append(suspect_channel_order(accuracy, workshop.decoded(sample)))
+    return [f for f in found if f is not None]
 
 
 def tried(

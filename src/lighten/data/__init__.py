@@ -21,7 +21,7 @@ __all__ = ["Split", "load"]
 
 CALIBRATE, SELECT, SELECT_BUILTIN = 512, 2000, 5000
 MAX_CLASSES = 100_000
-TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "report")
+TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("report", "test", "val", "valid", "validation")
 
 
 def load(
@@ -101,6 +101,9 @@ def _load_folder(root: Path, seed: int, calibrate: int, select: int) -> Data:
     pool_root, report_root = (train, test) if train and test else (train or root, None)
     names = _class_names(pool_root)
     pool, notices = _scan(pool_root, names)
+    if report_root is not None:
+        unused = [n for n in TEST_NAMES if (root / n).is_dir() and root / n != report_root]
+        notices += tuple(f"{root / n} is not used: {report_root.name}/ is the report split." for n in unused)
     report = None
     if report_root is not None:
         extra = sorted(set(_class_names(report_root)) - set(names))

@@ -292,6 +292,7 @@ def _from_file(file: Path, name: str, classes: int | None, trust_code: bool) -> 
         raise BadModel(f"{file} cannot be imported.", "Give a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their own module up there
+    sys.path.insert(0, str(file.resolve().parent))  # so that it finds the files beside it
     try:
         spec.loader.exec_module(module)
         make = getattr(module, name, None)
