@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
 
+import common
 from lighten import devices
 from lighten.data import load as load_data
 from lighten.formats import onnx as onnx_format

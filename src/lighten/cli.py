@@ -27,13 +27,21 @@ Numbers = Annotated[str | None, typer.Option(help="Comma-separated, one per chan
 BundleArg = Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/bundle.")]
 
 
-@app.callback()
-def _top(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from lighten import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -313,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
         return sys.exit(errors.EXIT_BUG)
     except Exception as e:  # noqa: BLE001 - the last resort
         if (told := getattr(e, "format_message", None)) is not None:  # a usage error of typer, whose class moves about
-            _complain(told(), "lighten --help shows every command.")
+            text = told()
+            typer.echo(text) if text.startswith("Usage:") else _complain(text, "lighten --help shows every command.")
             return sys.exit(errors.EXIT_INPUT)
         _complain(
             f"This is a bug of lighten: {type(e).__name__}: {e}",

@@ -94,9 +94,10 @@ def _arch() -> str:
 
 
 def _processor(cpuinfo: str) -> str:
-    for line in cpuinfo.splitlines():
-        if line.lower().startswith(("model name", "hardware", "model\t")):
-            return line.split(":", 1)[1].strip()
+    for key in ("model name", "hardware", "model\t"):  # x86, older ARM kernels, Raspberry Pi OS
+        for line in cpuinfo.splitlines():
+            if line.lower().startswith(key):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
 
 

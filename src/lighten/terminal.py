@@ -145,3 +145,4 @@ def pairs(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, escape(str(value)))
     console.print(table)
+    console.print()

@@ -19,8 +19,8 @@ from lighten import bundle, devices, ledger, report, search, workshop
 from lighten.bench import Timing
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
-from lighten.data.doctor import examine as examine_data
 from lighten.data.doctor import Finding, raise_errors, suspect_channel_order, suspect_normalization
+from lighten.data.doctor import examine as examine_data
 from lighten.errors import BadConfig, BadModel
 from lighten.machine import environment, this_machine
 from lighten.methods.quantize import precisions
