@@ -309,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: every failure becomes one clear message and its own exit code."""
     try:
         code = app(argv, standalone_mode=False)
+        if code == errors.EXIT_INTERRUPTED:  # some versions of typer turn Ctrl-C into this code
+            raise KeyboardInterrupt
         return sys.exit(code if isinstance(code, int) else 0)
     except errors.LightenError as e:
         _complain(e.what, e.to_do)

@@ -21,6 +21,7 @@ from lighten.data import load as load_data
 from lighten.data.cache import write_whole
 from lighten.data.doctor import Finding, raise_errors, suspect_channel_order, suspect_normalization
 from lighten.data.doctor import examine as examine_data
+from lighten.data.splits import FileImages
 from lighten.errors import BadConfig, BadModel
 from lighten.machine import environment, this_machine
 from lighten.methods.quantize import precisions
@@ -140,7 +141,10 @@ def front_desk(
 
 
 def _ready_inputs(data: Data) -> bool:
-    first = data.calibrate.images.read(int(data.calibrate.rows[0])) if len(data.calibrate) else None
+    """Whether the data yields float network inputs instead of pictures."""
+    if isinstance(data.calibrate.images, FileImages) or not len(data.calibrate):
+        return False
+    first = data.calibrate.images.read(int(data.calibrate.rows[0]))
     return isinstance(first, np.ndarray) and first.dtype != np.uint8
 
 
