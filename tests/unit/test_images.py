@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import time
@@ -16,6 +17,8 @@ from PIL import Image
 
 from lighten.data.images import FORMATS, open_image
 from lighten.errors import BadImage
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -119,13 +122,12 @@ def test_exif_rotation(orientation: int, kind: str) -> None:
     np.testing.assert_array_equal(pixels(raw), UPRIGHT[orientation](stored))
 
 
-def test_damaged_exif_does_not_cost_the_image() -> None:
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 1, "maker"
-    raw = bytearray(encoded(Image.fromarray(noise(16, 16, 3)), "JPEG", exif=exif))
-    start = raw.index(b"Exif\0\0") + 6
-    raw[start + 8 : start + 30] = b"\xff" * 22  # the table of tags
-    assert open_image(bytes(raw)).size == (16, 16)
+def test_odd_exif_does_not_cost_the_image() -> None:
+    """A width of 1.5 beside the orientation: Pillow's own exif_transpose raises struct.error on it."""
+    rows = struct.pack("<HHIf", 0x0100, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rows + bytes(4)
+    image = open_image(encoded(Image.fromarray(noise(16, 24, 3)), "JPEG", exif=exif))
+    assert image.size == (16, 24)  # turned: width and height exchanged
 
 
 def test_only_the_first_frame_of_an_animation() -> None:
@@ -146,9 +148,7 @@ def test_truncated_files_are_refused_by_name(kind: str, tmp_path: Path) -> None:
         open_image(file)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"this is a note, not a photo\n", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"]
-)
+@pytest.mark.parametrize("content", [b"", b"this is a note, not a photo\n", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "photo.jpg"
     file.write_bytes(content)
@@ -168,10 +168,8 @@ def test_random_damage_raises_nothing_but_bad_image(kind: str) -> None:
     for _ in range(60):
         raw = np.frombuffer(whole, np.uint8).copy()
         raw[rng.integers(0, min(len(raw), 300), 3)] = rng.integers(0, 256, 3)
-        try:
+        with contextlib.suppress(BadImage):
             assert open_image(raw.tobytes(), max_pixels=100_000).mode in ("L", "RGB")
-        except BadImage:
-            pass
 
 
 # --- hostile ----------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ import pytest
 
 from lighten.errors import BadBundle, UnknownName
 from lighten.report import Raw, charts, markdown_text, read_result, write
+from lighten.report.layers import stored
+from lighten.report.numbers import fixed, saved, significant
 from lighten.report.texts import EN, ZH, sentence
-from lighten.report.view import fixed, rows, saved, significant, slower_than_float, stored, view
+from lighten.report.view import rows, slower_than_float, view
 from lighten.types import (
     Advice,
     Agreement,

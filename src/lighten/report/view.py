@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lighten.errors import BadBundle
 from lighten.report import charts
+from lighten.report.layers import layers, stored
+from lighten.report.numbers import fixed, saved, signed, significant
 from lighten.report.texts import FORMATS, METRICS, PRECISIONS, Texts, sentence, texts
-from lighten.types import Estimate, Evidence, Latency, Result, Trial, Weight, shrink, speedup
+from lighten.types import Evidence, Latency, Result, Trial, shrink, speedup
 
 UNITS = {
     "max_drop": "",
@@ -23,8 +25,6 @@ UNITS = {
 }
 MANY_CLASSES, FEW_CLASSES = 40, 20
 MOST_FLIPS = 36
-OPEN_LAYERS, WORST_LAYERS = 12, 5
-GOOD_DB, POOR_DB, FULL_DB = 30.0, 20.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         **_pictures(result, table, t),
         **_classes(result, lang, t),
         **_flips(result, lang, thumbnails),
-        **_layers(result.winning, t),
+        **layers(result.winning, t),
         "stored": stored(won.size.weights),
         "facts": _facts(result, won, lang, t),
         "images": [(t.get(name, name), f"{n:,}") for name, n in result.images.items()],
@@ -89,38 +89,7 @@ def _evidence(trial: Trial) -> Evidence:
     return trial.evidence
 
 
-# --- numbers as text --------------------------------------------------------------------------------
-
-
-def fixed(value: float, digits: int = 2) -> str:
-    """A number with a true minus sign; a dash for what was not measured; no minus before a zero."""
-    if not math.isfinite(value):
-        return "—"
-    text = f"{value:,.{digits}f}"
-    return (text[1:] if float(text.replace(",", "")) == 0 and text[0] == "-" else text).replace("-", "−")
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """Like `fixed`, with a plus before what is above zero."""
-    text = fixed(value, digits)
-    return f"+{text}" if value > 0 and float(text.replace(",", "")) > 0 else text
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """Three significant digits, never an exponent: 0.0123, 4.56, 78.9, 1,234."""
-    if not math.isfinite(value) or value == 0:
-        return fixed(value, 0)
-    return fixed(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
-
-
-def pair(estimate: Estimate) -> str:
-    """Value ± standard error."""
-    return f"{fixed(estimate.value)} ± {fixed(estimate.error)}"
-
-
-def saved(percent: float) -> str:
-    """Shrink as the change of the size: 74 becomes −74%, and a file that grew gets a plus."""
-    return f"{'+' if percent < -0.05 else ''}{fixed(-percent, 1)}%"
+# --- titles --------------------------------------------------------------------------------
 
 
 def metric_title(name: str) -> str:
@@ -439,82 +408,6 @@ def _flip_kind(flip: Mapping[str, Any]) -> str:
 
 def _title(titles: Sequence[str], index: Any) -> str:
     return titles[index] if isinstance(index, int) and 0 <= index < len(titles) else str(index)
-
-
-def _layers(trial: Trial, t: Texts) -> dict[str, Any]:
-    table = [_layer(row) for row in trial.layers]
-    found = [
-        (row[key], row["layer"], t[word])
-        for row in table
-        for key, word in (("weight_db", "weight_word"), ("input_db", "input_word"))
-        if math.isfinite(row[key])
-    ]
-    worst = min(found, default=None)
-    said = t["worst_layer"].format(worst[1], fixed(worst[0], 1), worst[2]) if worst else ""
-    by_noise = sorted((row for row in table if math.isfinite(_lowest(row))), key=_lowest)
-    return {
-        "layers": table,
-        "worst_layer": said,
-        "long": len(table) > OPEN_LAYERS,
-        "lowest": worst[0] if worst else math.nan,
-        "worst_layers": by_noise[:WORST_LAYERS],
-    }
-
-
-def _lowest(row: Mapping[str, Any]) -> float:
-    return min((row[key] for key in ("weight_db", "input_db") if math.isfinite(row[key])), default=math.nan)
-
-
-def _layer(row: Mapping[str, Any]) -> dict[str, Any]:
-    weight, given = _float(row.get("weight_sqnr_db")), _float(row.get("input_sqnr_db"))
-    span = row.get("input_range")
-    return {
-        "layer": str(row.get("layer", "")),
-        "op": str(row.get("op", "")),
-        "bits": str(row.get("weights", "")),
-        "shape": " × ".join(str(n) for n in row.get("shape") or ()),
-        "weight_db": weight,
-        "weight": fixed(weight, 1),
-        "weight_bar": _meter(weight),
-        "range": f"{significant(_float(span[0]))} … {significant(_float(span[1]))}" if span else "",
-        "method": str(row.get("range_method", "")),
-        "input_db": given,
-        "input": fixed(given, 1),
-        "input_bar": _meter(given),
-        "reason": str(row.get("reason", "")),
-    }
-
-
-def _float(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _meter(db: float) -> str:
-    if not math.isfinite(db):
-        return ""
-    return charts.meter(db, FULL_DB, "good" if db >= GOOD_DB else "fair" if db >= POOR_DB else "poor")
-
-
-def stored(weights: Iterable[Weight]) -> list[dict[str, Any]]:
-    """Bytes, tensors and share of zeros of each dtype, greatest first. Zeros are counted over values, not tensors."""
-    weights = list(weights)
-    total = sum(w.bytes for w in weights)
-    table = []
-    for dtype in {w.dtype for w in weights}:
-        mine = [w for w in weights if w.dtype == dtype]
-        size, values = sum(w.bytes for w in mine), sum(math.prod(w.shape) for w in mine)
-        zeros = sum(w.zeros * math.prod(w.shape) for w in mine) / values if values else 0.0
-        table.append(
-            {
-                "dtype": dtype,
-                "tensors": len(mine),
-                "size": size,
-                "bytes": f"{size:,}",
-                "percent": round(100 * size / total, 2) if total else 0.0,
-                "zeros": f"{fixed(100 * zeros, 1)}%",
-            }
-        )
-    return sorted(table, key=lambda row: (-row["size"], row["dtype"]))
 
 
 # --- how it was measured ------------------------------------------------------------------------------

@@ -1,0 +1,275 @@
+"""The rewrites of an ONNX graph are exact, and leave nothing behind that a runtime would trip over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lighten.errors import RefusedFormat
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from onnx import TensorProto, helper, numpy_helper
+
+from lighten.kit.onnx_graph import lower, pool_globally, to_onnx
+
+SHAPE = (3, 16, 16)
+
+
+def run(model: Any, x: np.ndarray, *, optimised: bool = False) -> np.ndarray:
+    """ONNX Runtime's answer; without graph optimisations each Q and DQ is computed as it stands."""
+    model = copy_of(model)
+    del model.graph.value_info[:]  # as the formats do; the exporter's types are those from before the shift
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def copy_of(model: Any) -> Any:
+    return onnx.ModelProto.FromString(model.SerializeToString())
+
+
+def arrays(model: Any) -> dict[str, np.ndarray]:
+    return {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+
+
+def makers(model: Any) -> dict[str, Any]:
+    return {out: node for node in model.graph.node for out in node.output}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The exporter's graph of a converted network, and both lowerings of it."""
+
+    plain: Any
+    signed: Any
+    unsigned: Any
+    x: np.ndarray
+
+
+@pytest.fixture(scope="module", params=["small", "mobile"])
+def lowered(request: pytest.FixtureRequest, module_of: Callable[[str, str], Any]) -> Lowered:
+    from nets import images
+
+    plain = to_onnx(module_of(request.param, "int8"), SHAPE)
+    signed, unsigned = (lower(copy_of(plain), unsigned=u) for u in (False, True))
+    return Lowered(plain, signed, unsigned, images(16, 7)[0].numpy())
+
+
+# --- uint8 and int8 -----------------------------------------------------------------------------------
+
+
+def test_uint8_and_int8_files_answer_bit_for_bit_the_same(lowered: Lowered) -> None:
+    np.testing.assert_array_equal(run(lowered.unsigned, lowered.x), run(lowered.signed, lowered.x))
+
+
+def test_every_activation_is_shifted_by_128_and_no_weight_is(lowered: Lowered) -> None:
+    def zeros(model: Any) -> list[np.ndarray]:
+        held = arrays(model)
+        nodes = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        return [held[n.input[2]] for n in nodes if n.input[0] not in held]
+
+    signed, unsigned = zeros(lowered.signed), zeros(lowered.unsigned)
+    assert len(signed) == len(unsigned) > 10
+    assert {z.dtype for z in signed} == {np.dtype("int8")}
+    assert {z.dtype for z in unsigned} == {np.dtype("uint8")}
+    assert [int(z) + 128 for z in signed] == [int(z) for z in unsigned]
+    weights = [a for a in arrays(lowered.unsigned).values() if a.ndim >= 2]
+    assert {w.dtype for w in weights} == {np.dtype("int8")}
+
+
+def test_lowering_changes_answers_by_no_more_than_the_rounded_biases(lowered: Lowered) -> None:
+    got, want = run(lowered.signed, lowered.x), run(lowered.plain, lowered.x)
+    np.testing.assert_array_equal(got.argmax(1), want.argmax(1))
+    # A bias moves by half an accumulator step at most, 256 times finer than an activation's; a value that lay on the
+    # edge of a step may still go over it.
+    assert np.abs(got - want).mean() < 0.01 * np.abs(want).max()
+
+
+def test_lowered_graphs_pass_onnx_own_checker(lowered: Lowered) -> None:
+    for model in (lowered.signed, lowered.unsigned):
+        onnx.checker.check_model(model, full_check=True)
+
+
+def test_nodes_stand_after_what_they_read(lowered: Lowered) -> None:
+    for model in (lowered.signed, lowered.unsigned):
+        known = {i.name for i in (*model.graph.initializer, *model.graph.input)} | {""}
+        for node in model.graph.node:
+            assert set(node.input) <= known, node.name
+            known |= set(node.output)
+
+
+# --- biases -------------------------------------------------------------------------------------------
+
+
+def test_biases_are_int32_on_the_accumulators_scale(lowered: Lowered) -> None:
+    held, made = arrays(lowered.unsigned), makers(lowered.unsigned)
+    before = {n.output[0]: n for n in lowered.plain.graph.node}
+    floats = arrays(lowered.plain)
+    checked = 0
+    for node in lowered.unsigned.graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        x_scale = held[made[node.input[0]].input[1]].astype(np.float64)
+        w_scale = held[made[node.input[1]].input[1]].astype(np.float64)
+        q, scale, zero = (held[name] for name in made[node.input[2]].input)
+        bias = floats[before[node.output[0]].input[2]].astype(np.float64)
+        assert q.dtype == np.int32
+        assert zero.dtype == np.int32
+        assert not zero.any()
+        ordinary = w_scale > 1e-9  # a filter of zeros has no scale of its own
+        np.testing.assert_allclose(scale[ordinary], (x_scale * w_scale)[ordinary], rtol=1e-6)
+        np.testing.assert_array_equal(q, np.rint(bias / scale.astype(np.float64)))
+        assert (np.abs(q * scale.astype(np.float64) - bias) <= scale.astype(np.float64) / 2 * (1 + 1e-6)).all()
+        checked += 1
+    assert checked >= 7
+
+
+def qdq_conv(bias: np.ndarray, weight: np.ndarray, w_scale: np.ndarray, *, rounded: bool = False) -> Any:
+    """A 1x1 convolution after Q/DQ pairs, by hand; `rounded` puts one after it too, so that runtimes fuse it."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        helper.make_node("Conv", ["xd", "wd", "b"], ["yd" if rounded else "y"]),
+    ]
+    if rounded:
+        nodes += [
+            helper.make_node("QuantizeLinear", ["yd", "xs", "xz"], ["yq"]),
+            helper.make_node("DequantizeLinear", ["yq", "xs", "xz"], ["y"]),
+        ]
+    held = {
+        "xs": np.float32(0.05), "xz": np.int8(-10), "w": weight, "ws": w_scale,
+        "wz": np.zeros(len(w_scale), np.int8), "b": bias, "left over": np.zeros(1000, np.float32),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, 4, 4])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in held.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_a_quantized_convolution_is_what_integers_give() -> None:
+    dice = np.random.default_rng(0)
+    weight = dice.integers(-127, 128, (3, 2, 1, 1), dtype=np.int8)
+    w_scale = np.array([0.01, 0.003, 0.0007], np.float32)
+    bias = np.array([0.31, -2.0, 0.0], np.float32)
+    x = dice.normal(size=(2, 2, 4, 4)).astype(np.float32)
+    x_int = np.clip(np.rint(x / np.float32(0.05)) - 10, -128, 127).astype(np.int64) + 10
+    accumulated = np.einsum("nchw,oc->nohw", x_int, weight[:, :, 0, 0].astype(np.int64))
+    scale = np.float64(np.float32(0.05)) * w_scale.astype(np.float64)
+    want = (accumulated + np.rint(bias / scale).astype(np.int64)[:, None, None]) * scale[:, None, None]
+    for unsigned in (False, True):
+        model = lower(qdq_conv(bias, weight, w_scale), unsigned=unsigned)
+        np.testing.assert_allclose(run(model, x), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("weight", [0, 127])
+def test_bias_of_a_filter_of_zeros_or_nearly_survives(weight: int, optimised: bool) -> None:
+    """Pruned filters, and those of a batch norm whose gamma went to 0: their scale is too small for an int32 bias.
+    A runtime that fuses the convolution takes input scale x weight scale for the bias, whatever is written beside it."""
+    bias = np.array([0.5, -3.0, 5.0], np.float32)
+    model = qdq_conv(bias, np.full((3, 2, 1, 1), weight, np.int8), np.full(3, 1e-10, np.float32), rounded=True)
+    out = run(lower(model, unsigned=True), np.zeros((1, 2, 4, 4), np.float32), optimised=optimised)
+    np.testing.assert_allclose(out[0, :, 0, 0], bias, atol=0.026)  # half a step of the output's scale
+
+
+def test_unused_initializers_are_gone(lowered: Lowered) -> None:
+    by_hand = lower(
+        qdq_conv(np.zeros(3, np.float32), np.ones((3, 2, 1, 1), np.int8), np.ones(3, np.float32)), unsigned=True
+    )
+    assert "left over" not in arrays(by_hand)
+    assert "xz" not in arrays(by_hand)
+    for model in (lowered.signed, lowered.unsigned, by_hand):
+        used = {name for node in model.graph.node for name in node.input}
+        assert {i.name for i in model.graph.initializer} <= used
+
+
+def test_no_float_weight_is_left_in_a_quantized_network(lowered: Lowered) -> None:
+    for model in (lowered.signed, lowered.unsigned):
+        held = arrays(model)
+        convolutions = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
+        assert convolutions
+        for node in convolutions:
+            stored = held[makers(model)[node.input[1]].input[0]]
+            assert stored.dtype == np.int8
+        assert not [n for n, a in held.items() if a.dtype == np.float32 and a.ndim > 1]
+
+
+def test_float_layers_keep_their_float_bias(module_of: Callable[[str, str], Any]) -> None:
+    plain = to_onnx(module_of("small", "float32"), SHAPE)
+    before = plain.SerializeToString()
+    assert lower(plain, unsigned=True).SerializeToString() == before
+
+
+# --- pooling ------------------------------------------------------------------------------------------
+
+
+class Mean(nn.Module):
+    """The mean over some axes of a shifted input."""
+
+    def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
+        super().__init__()
+        self.axes, self.keep = axes, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1).mean(self.axes, keepdim=self.keep)
+
+
+def reduce_mean(axes: list[int], keep: int) -> Any:
+    shape: list[Any] = ["n", 3, 8, 6]
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=keep)], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array(axes, np.int64), "axes")],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [-2, -1], [3, 2]])
+def test_global_mean_becomes_a_pool_with_equal_answers(axes: list[int]) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 6)).astype(np.float32)
+    model = pool_globally(reduce_mean(axes, 1))
+    assert [n.op_type for n in model.graph.node] == ["GlobalAveragePool"]
+    assert not model.graph.initializer
+    np.testing.assert_allclose(run(model, x), x.astype(np.float64).mean((2, 3), keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("axes, keep", [([2, 3], 0), ([1], 1), ([1, 2, 3], 1), ([0, 1], 1), ([3], 1)])
+def test_other_means_are_left_alone(axes: list[int], keep: int) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 6)).astype(np.float32)
+    model = pool_globally(reduce_mean(axes, keep))
+    assert [n.op_type for n in model.graph.node] == ["ReduceMean"]
+    np.testing.assert_allclose(run(model, x), x.astype(np.float64).mean(tuple(axes), keepdims=bool(keep)), atol=1e-6)
+
+
+def test_adaptive_pool_of_a_real_network_is_a_pool(lowered: Lowered) -> None:
+    kinds = [n.op_type for n in lowered.plain.graph.node]
+    assert "GlobalAveragePool" in kinds
+
+
+# --- the exporter -------------------------------------------------------------------------------------
+
+
+def test_operator_that_onnx_has_not_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j1(x.flatten(1))
+
+    with pytest.raises(RefusedFormat, match="bessel_j1"):
+        to_onnx(Odd(), SHAPE)
