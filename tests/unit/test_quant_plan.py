@@ -177,7 +177,7 @@ def stored(module: Any) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
 
 def activations(module: Any) -> list[tuple[float, int]]:
     """Scale and zero point of each activation that is quantized, without repeats."""
-    nodes = [n for n in called(module, ".quantize_per_tensor")]
+    nodes = called(module, ".quantize_per_tensor")
     return list(dict.fromkeys((float(n.args[1]), int(n.args[2])) for n in nodes))
 
 

@@ -32,7 +32,10 @@ def pruned(**measured: float) -> Trial:
     return trial(Recipe((*PRUNE, *QUANTIZE), INT8), **{"size": 150_000, "ms": 3.0, **measured})
 
 
-def won(trials: Sequence[Trial], budget: Budget = Budget(), same_machine: bool = True) -> Trial:
+NO_LIMIT = Budget()
+
+
+def won(trials: Sequence[Trial], budget: Budget = NO_LIMIT, same_machine: bool = True) -> Trial:
     """The winner, which must not hang on the order of the trials."""
     first = search.judge(trials, BASE, budget, same_machine)
     assert search.judge(list(reversed(trials)), BASE, budget, same_machine) == first

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import evidence, trial
 
+from conftest import evidence, trial
 from lighten.types import (
     Agreement,
     Artifact,
@@ -229,5 +229,5 @@ def test_complexity_counts_methods_but_not_quantizing() -> None:
     ],
 )  # fmt: skip
 def test_nonsense_preprocessing_is_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="must|need|finite"):
+    with pytest.raises(ValueError, match=r"must|need|finite"):
         Preprocess(**{"height": 8, "width": 8, **bad})  # type: ignore[arg-type]

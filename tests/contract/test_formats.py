@@ -1,0 +1,278 @@
+"""Every format: a file that answers like torch, stores what it says it stores, and is refused when damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import PRECISIONS, Exported
+from lighten.errors import BadBundle
+from lighten.plugins import get, missing_backends, names
+from lighten.types import Device, Precision
+
+BITS = {"float32": 32, "float16": 16, "int8": 8, "uint8": 8, "int32": 32, "int64": 64, "bool": 8}
+ANSWERS_LIKE_TORCH = {"float32": 1e-4, "float16": 1e-2}
+ROUNDED = 0.05
+"""Of the largest output: what single steps of rounding, done in another order by integer kernels, may add up to."""
+
+Make = Callable[..., Exported]
+
+
+@pytest.fixture(params=names("formats"))
+def name(request: pytest.FixtureRequest) -> str:
+    """Each format whose tools are installed here."""
+    module = get("formats", request.param)
+    missing = (*missing_backends(module, "REQUIRES"), *missing_backends(module, "RUNS_ON"))
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    return str(request.param)
+
+
+@pytest.fixture
+def format(name: str) -> ModuleType:
+    return get("formats", name)
+
+
+def answers(format: ModuleType, file: Exported, x: np.ndarray) -> np.ndarray:
+    out = format.load(file.path, 1)(x)
+    assert isinstance(out, np.ndarray)
+    return out
+
+
+def wanted(file: Exported, x: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return file.module(torch.from_numpy(x)).float().numpy()
+
+
+def some_images(n: int) -> np.ndarray:
+    from nets import images
+
+    return images(n, seed=7)[0].numpy()
+
+
+def asked_for(format: ModuleType, precision: str, device: Device) -> Precision:
+    if reason := format.refuses(PRECISIONS[precision], device):
+        pytest.skip(f"refused: {reason}")
+    return PRECISIONS[precision]
+
+
+# --- the shape of a plug-in -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin", names("formats"))
+def test_has_every_name_of_the_contract(plugin: str) -> None:
+    module = get("formats", plugin)
+    for listing in (module.REQUIRES, module.RUNS_ON):
+        assert isinstance(listing, tuple)
+        assert listing
+        assert all(isinstance(p, str) for p in listing)
+    assert isinstance(module.EXTRA, str)
+    assert module.SUFFIX.startswith(".")
+    parameters = {
+        "refuses": ["precision", "device"],
+        "export": ["module", "shape", "path", "precision", "device"],
+        "load": ["path", "threads"],
+        "runtime": [],
+        "weights": ["path"],
+    }
+    for function, expected in parameters.items():
+        assert list(inspect.signature(getattr(module, function)).parameters) == expected
+
+
+@pytest.mark.parametrize("plugin", names("formats"))
+def test_its_extra_can_be_installed(plugin: str) -> None:
+    import tomllib
+
+    table = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    assert get("formats", plugin).EXTRA in table["project"]["optional-dependencies"]
+
+
+def test_runtime_names_itself_with_a_version(format: ModuleType) -> None:
+    words = format.runtime().split()
+    assert len(words) >= 2
+    assert words[-1][0].isdigit()
+
+
+def test_refuses_with_a_reason_what_it_cannot_do_and_nothing_it_can(
+    name: str, format: ModuleType, here: Device, exported: Make
+) -> None:
+    reason = format.refuses(Precision("int3", "int3"), here)
+    assert isinstance(reason, str)
+    assert "int3" in reason
+    able = [p for p, precision in PRECISIONS.items() if format.refuses(precision, here) is None]
+    assert "float32" in able
+    for precision in able:
+        assert exported(name, "small", precision).path.stat().st_size > 0
+
+
+# --- the file answers like torch -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net, precision", [("small", "float32"), ("small", "float16"), ("mobile", "float32")])
+def test_float_file_answers_like_torch(
+    name: str, format: ModuleType, here: Device, exported: Make, net: str, precision: str
+) -> None:
+    asked_for(format, precision, here)
+    file, x = exported(name, net, precision), some_images(24)
+    np.testing.assert_allclose(answers(format, file, x), wanted(file, x), rtol=0, atol=ANSWERS_LIKE_TORCH[precision])
+
+
+@pytest.mark.parametrize("net", ["small", "mobile"])
+def test_int8_file_answers_like_the_converted_module(
+    name: str, format: ModuleType, here: Device, exported: Make, module_of: Callable[[str, str], Any], net: str
+) -> None:
+    """Same labels, no output far off, and together closer to the plan than the plan is to the float network."""
+    import torch
+
+    asked_for(format, "int8", here)
+    file, x = exported(name, net, "int8"), some_images(48)
+    got, want = answers(format, file, x), wanted(file, x)
+    with torch.inference_mode():
+        float_net = module_of(net, "float32")(torch.from_numpy(x)).numpy()
+    np.testing.assert_array_equal(got.argmax(1), want.argmax(1))
+    assert np.abs(got - want).max() <= ROUNDED * np.abs(want).max()
+    assert ((got - want) ** 2).mean() < ((float_net - want) ** 2).mean()
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_one_file_takes_batches_of_1_3_and_8(
+    name: str, format: ModuleType, here: Device, exported: Make, precision: str
+) -> None:
+    asked_for(format, precision, here)
+    file, x = exported(name, "small", precision), some_images(8)
+    run = format.load(file.path, 1)
+    alone = np.concatenate([run(x[k : k + 1]) for k in range(8)])
+    assert alone.shape == (8, 10)
+    assert alone.dtype == np.float32
+    tolerance = max(ANSWERS_LIKE_TORCH.get(precision, 0), ROUNDED * np.abs(alone).max() * (precision == "int8"))
+    for n in (3, 8):
+        np.testing.assert_allclose(run(x[:n]), alone[:n], rtol=0, atol=tolerance)
+
+
+def test_answers_are_the_callers_own(name: str, format: ModuleType, exported: Make) -> None:
+    run, x = format.load(exported(name, "small", "float32").path, 1), some_images(4)
+    first = run(x[:2])
+    kept = first.copy()
+    run(x[2:])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_threads_change_speed_not_answers(name: str, format: ModuleType, exported: Make) -> None:
+    file, x = exported(name, "small", "float32"), some_images(4)
+    np.testing.assert_allclose(format.load(file.path, 2)(x), format.load(file.path, 1)(x), rtol=0, atol=1e-5)
+
+
+# --- what is stored -----------------------------------------------------------------------------------
+
+
+def parameter_shapes(module: Any) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in module.parameters() if p.ndim > 1]
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_weights_tells_the_dtypes_and_bytes_that_are_in_the_file(
+    name: str, format: ModuleType, here: Device, exported: Make, module_of: Callable[[str, str], Any], precision: str
+) -> None:
+    asked_for(format, precision, here)
+    file = exported(name, "small", precision)
+    rows = format.weights(file.path)
+    parameters = parameter_shapes(module_of("small", "float32"))
+    largest = max(int(np.prod(s)) for s in parameters)
+    for row in rows:
+        assert row.bytes == -(-int(np.prod(row.shape, dtype=np.int64)) * BITS[row.dtype] // 8), row
+        assert 0 <= row.zeros <= 1
+    big = [row for row in rows if int(np.prod(row.shape)) >= 100]
+    assert max(int(np.prod(r.shape)) for r in big) == largest
+    assert {row.dtype for row in big} == {precision}
+    assert sum(row.bytes for row in rows) <= file.bytes
+    assert sum(int(np.prod(r.shape)) for r in big) >= sum(int(np.prod(s)) for s in parameters) - 100 * len(parameters)
+
+
+def test_weights_counts_zeros(name: str, format: ModuleType, exported: Make) -> None:
+    rows = format.weights(exported(name, "small", "float32").path)
+    (row,) = [r for r in rows if tuple(r.shape) == (80, 64, 3, 3)]
+    assert row.zeros == pytest.approx(20 / 80, abs=1e-6)
+
+
+def test_int8_file_is_well_under_half_of_float32(name: str, format: ModuleType, here: Device, exported: Make) -> None:
+    """Under 40 %. A graph written as text (OpenVINO's XML) costs the same for any width of network: it is left out,
+    and all together must still be well under float16's half and a tenth."""
+    asked_for(format, "int8", here)
+    whole, int8 = exported(name, "small", "float32"), exported(name, "small", "int8")
+    binary = sum(len(raw) for f in (int8.path, *int8.companions) if b"\0" in (raw := f.read_bytes()))
+    assert binary < 0.40 * whole.bytes
+    assert int8.bytes < 0.60 * whole.bytes
+
+
+def test_float16_file_is_little_over_half_of_float32(
+    name: str, format: ModuleType, here: Device, exported: Make
+) -> None:
+    asked_for(format, "float16", here)
+    assert exported(name, "small", "float16").bytes < 0.65 * exported(name, "small", "float32").bytes
+
+
+def test_companions_lie_beside_the_file_and_are_all_it_needs(
+    name: str, format: ModuleType, exported: Make, tmp_path: Path
+) -> None:
+    file, x = exported(name, "small", "float32"), some_images(2)
+    assert {f.parent for f in file.companions} <= {file.path.parent}
+    assert set(file.path.parent.iterdir()) == {file.path, *file.companions}
+    for f in (file.path, *file.companions):
+        shutil.copy(f, tmp_path / f.name)
+    np.testing.assert_array_equal(format.load(tmp_path / file.path.name, 1)(x), format.load(file.path, 1)(x))
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_export_is_deterministic(name: str, format: ModuleType, here: Device, exported: Make, precision: str) -> None:
+    asked_for(format, precision, here)
+    first, second, x = exported(name, "small", precision), exported(name, "small", precision, 1), some_images(4)
+    same = all(
+        hashlib.sha256(a.read_bytes()).digest() == hashlib.sha256(b.read_bytes()).digest()
+        for a, b in zip((first.path, *first.companions), (second.path, *second.companions))
+    )
+    if not same:
+        np.testing.assert_array_equal(answers(format, first, x), answers(format, second, x))
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_export_leaves_the_module_as_it_was(
+    name: str, format: ModuleType, here: Device, exported: Make, precision: str
+) -> None:
+    asked_for(format, precision, here)
+    assert exported(name, "small", precision).left_alone
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "missing"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_damaged_file_is_named_in_a_bad_bundle(
+    name: str, format: ModuleType, exported: Make, tmp_path: Path, damage: str, which: int
+) -> None:
+    good = exported(name, "small", "float32")
+    if which > len(good.companions):
+        pytest.skip("the format is one file")
+    for f in (good.path, *good.companions):
+        shutil.copy(f, tmp_path / f.name)
+    victim = tmp_path / (good.path, *good.companions)[which].name
+    raw = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    else:
+        noise = np.random.default_rng(0).bytes(len(raw))
+        victim.write_bytes({"truncated": raw[: len(raw) // 2], "empty": b"", "noise": noise}[damage])
+    if damage == "noise" and which:
+        pytest.skip("any bytes are weights; the bundle's sha256 finds this")
+    with pytest.raises(BadBundle, match=good.path.name):
+        format.load(tmp_path / good.path.name, 1)

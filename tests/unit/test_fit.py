@@ -1,0 +1,297 @@
+"""Training goes on after a kill as if nothing had happened; augmentation and averages are what they say."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lighten.data.splits import ArrayImages, Split
+from lighten.errors import BadConfig
+from lighten.kit.augment import crop_and_flip, cut_out, to_input
+from lighten.kit.fit import FitSettings, fit
+from lighten.tasks.classification import loss
+from lighten.types import Data, Device, Job, Preprocess, silent
+
+torch.set_num_threads(1)
+HOW = Preprocess(8, 8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+SETTINGS = FitSettings(epochs=4, batch=32, lr=0.05, shift=0.125, cutout=0.25, ema=0.9)
+
+
+def job(progress: Callable[[str, int, int], None] = silent, how: Preprocess | None = HOW) -> Job:
+    """160 images of four colours under noise."""
+    dice = np.random.default_rng(0)
+    labels = dice.integers(0, 4, 160)
+    colours = dice.integers(40, 216, (4, 1, 1, 3))
+    pixels = np.clip(colours[labels] + dice.normal(0, 25, (160, 8, 8, 3)), 0, 255).astype(np.uint8)
+    split = Split(ArrayImages(pixels, labels), np.arange(160))
+    data = Data("made up", ("a", "b", "c", "d"), ("甲", "乙", "丙", "丁"), split, split, split, split, "f")
+    return Job(data, "classification", Device("d", "d", "d", ()), how, progress=progress)
+
+
+def model(dropout: float = 0.0, norm: bool = True) -> nn.Module:
+    torch.manual_seed(5)
+    layers = [
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+    ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(dropout), nn.Linear(32, 4))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+class Killed(Exception):
+    """Stands for the power cut."""
+
+
+def test_the_loss_falls_and_the_answers_become_right() -> None:
+    losses: list[float] = []
+    work = job()
+    done = fit(model(), replace(SETTINGS, epochs=8), loss, work, after_epoch=lambda k, m, v: losses.append(v))
+    assert len(losses) == 8
+    assert losses[-1] < 0.5 * losses[0]
+    assert not done.training
+    x, y = torch.from_numpy(work.data.train.inputs(HOW)), work.data.train.labels
+    with torch.no_grad():
+        assert (done(x).argmax(1).numpy() == y).mean() > 0.9
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
+    first, again = (fit(model(), SETTINGS, loss, job()) for _ in range(2))
+    assert same(first, again)
+    assert not same(first, fit(model(), replace(SETTINGS, seed=1), loss, job()))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_interrupted_after_an_epoch_and_resumed_gives_the_same_bits(
+    tmp_path: Path, k: int, dropout: float, optimizer: str
+) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 3e-3)
+    whole = fit(model(dropout), settings, loss, job())
+
+    def cut(epoch: int, _model: nn.Module, _loss: float) -> None:
+        if epoch == k:
+            raise Killed
+
+    file = tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        fit(model(dropout), settings, loss, job(), checkpoint=file, after_epoch=cut)
+    epochs: list[int] = []
+    resumed = fit(model(dropout), settings, loss, job(), checkpoint=file, after_epoch=lambda e, m, v: epochs.append(e))
+    assert epochs == list(range(k + 1, 5))
+    assert same(resumed, whole)
+
+
+def test_interrupted_inside_an_epoch_repeats_that_epoch_alone(tmp_path: Path) -> None:
+    whole = fit(model(), SETTINGS, loss, job())
+
+    def cut(what: str, _done: int, _total: int) -> None:
+        if what.startswith("epoch 3/"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(model(), SETTINGS, loss, job(cut), checkpoint=tmp_path / "state.pt")
+    assert same(fit(model(), SETTINGS, loss, job(), checkpoint=tmp_path / "state.pt"), whole)
+
+
+@pytest.mark.parametrize("epochs, batch", [(1, 32), (1, 160), (1, 500), (2, 160), (5, 160), (10, 80)])
+def test_short_trainings_work_too(epochs: int, batch: int) -> None:
+    """Few images make few steps: one, or as many as make the warm-up a single step, must not stop the schedule."""
+    done = fit(model(), replace(SETTINGS, epochs=epochs, batch=batch), loss, job())
+    assert all(torch.isfinite(v).all() for v in done.state_dict().values())
+    assert not same(done, model())
+
+
+def test_a_finished_training_is_read_back_without_a_step(tmp_path: Path) -> None:
+    done = fit(model(), SETTINGS, loss, job(), checkpoint=tmp_path / "state.pt")
+    again = fit(model(), SETTINGS, lambda *a: pytest.fail("it trained"), job(), checkpoint=tmp_path / "state.pt")
+    assert same(done, again)
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    fit(model(), replace(SETTINGS, epochs=2), loss, job(), checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(BadConfig, match=r"state\.pt.*other settings"):
+        fit(model(), replace(SETTINGS, epochs=2, lr=0.06), loss, job(), checkpoint=file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(tmp_path: Path, bad: float) -> None:
+    def broken(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return loss(m, x, y) * bad
+
+    with pytest.raises(BadConfig, match="epoch 1") as e:
+        fit(model(), SETTINGS, broken, job(), checkpoint=tmp_path / "state.pt")
+    assert "learning rate" in e.value.to_do
+    assert not (tmp_path / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0}, {"batch": 1}, {"lr": 0.0}, {"lr": -1.0}, {"optimizer": "lion"}, {"warmup": 0.0}, {"warmup": 1.0},
+        {"ema": 1.0}, {"ema": -0.1}, {"shift": 1.0}, {"cutout": -0.1}, {"lr": float("nan")},
+    ],
+)  # fmt: skip
+def test_nonsense_settings_are_refused_by_name(bad: dict[str, float]) -> None:
+    with pytest.raises(BadConfig, match=next(iter(bad))):
+        FitSettings(**bad)  # type: ignore[arg-type]
+
+
+# --- average ------------------------------------------------------------------------------------------
+
+
+class Falling(nn.Module):
+    """One weight whose gradient is always 1, so that its path is the sum of learning rates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([3.0]))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.w
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5, 0.999])
+def test_the_average_is_what_it_is_by_hand(ema: float) -> None:
+    s = FitSettings(epochs=3, batch=32, lr=0.1, momentum=0.0, weight_decay=0.0, ema=ema)
+    done = fit(Falling(), s, lambda m, x, y: m(x).sum(), job())
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        probe, 0.1, total_steps=15, pct_start=s.warmup, cycle_momentum=False, div_factor=10, final_div_factor=1e3
+    )
+    w, average = 3.0, 3.0
+    for step in range(1, 16):
+        w -= schedule.get_last_lr()[0]
+        probe.step()
+        if step < 15:
+            schedule.step()
+        decay = min(ema, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * w
+    assert done.w.item() == pytest.approx(average, rel=1e-5)  # type: ignore[union-attr, operator]
+    assert done.seen.item() == 15  # type: ignore[union-attr, operator]
+
+
+# --- augmentation -------------------------------------------------------------------------------------
+
+
+def variants(image: np.ndarray, reach: int, flip: bool) -> dict[bytes, tuple[int, int, bool]]:
+    """Every crop of the mirrored-edge image, by numpy's own reflection."""
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    found = {}
+    for dy in range(2 * reach + 1):
+        for dx in range(2 * reach + 1):
+            moved = padded[dy : dy + image.shape[0], dx : dx + image.shape[1]]
+            found[moved.tobytes()] = (dy - reach, dx - reach, False)
+            if flip:
+                found[np.ascontiguousarray(moved[:, ::-1]).tobytes()] = (dy - reach, dx - reach, True)
+    return found
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_crop_and_flip_gives_crops_of_the_mirrored_image_and_all_of_them(flip: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    many = torch.from_numpy(np.repeat(image[None], 3000, 0))
+    got = crop_and_flip(many, 0.125, flip, torch.Generator().manual_seed(0)).numpy()
+    # 1 of 8 rows up or down; 2 of 16 columns left or right.
+    wide = variants(image, 2, flip)
+    seen = [wide[np.ascontiguousarray(one).tobytes()] for one in got]
+    assert {dy for dy, _, _ in seen} == {-1, 0, 1}
+    assert {dx for _, dx, _ in seen} == {-2, -1, 0, 1, 2}
+    assert len(set(seen)) == 15 * (2 if flip else 1)
+    if flip:
+        assert 0.45 < np.mean([turned for *_, turned in seen]) < 0.55
+
+
+def test_no_shift_and_no_flip_change_nothing_and_ready_inputs_pass() -> None:
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    assert torch.equal(crop_and_flip(x, 0.0, False, dice), x)
+    ready = torch.randn(4, 3, 8, 8)
+    assert crop_and_flip(ready, 0.5, True, dice) is ready
+
+
+@pytest.mark.parametrize("size, side", [(0.25, 4), (0.3, 4), (0.2, 3), (0.01, 1), (0.5, 8)])
+def test_cut_out_zeroes_one_square_and_nothing_else(size: float, side: int) -> None:
+    x = torch.rand(400, 2, 16, 16, generator=torch.Generator().manual_seed(1)) + 1
+    got = cut_out(x, size, torch.Generator().manual_seed(0))
+    heights, widths = set(), set()
+    for before, after in zip(x.numpy(), got.numpy()):
+        gone = after == 0
+        assert (gone[0] == gone[1]).all()
+        rows, columns = np.flatnonzero(gone[0].any(1)), np.flatnonzero(gone[0].any(0))
+        assert gone[0][rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert gone[0].sum() == len(rows) * len(columns)
+        np.testing.assert_array_equal(after[~gone], before[~gone])
+        heights.add(len(rows))
+        widths.add(len(columns))
+    assert max(heights) == max(widths) == side  # smaller only where the edge cuts it
+
+
+def test_training_inputs_are_those_of_the_device() -> None:
+    from lighten.data.preprocess import normalize
+
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    how = replace(HOW, mean=(0.1, 0.2, 0.3), std=(0.9, 0.5, 0.3))
+    np.testing.assert_allclose(to_input(torch.from_numpy(x), how).numpy(), normalize(x, how), rtol=1e-6, atol=1e-6)
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[2])
+import torch
+from test_fit import SETTINGS, job, loss, model, replace, fit
+settings = replace(SETTINGS, epochs=2, shift=0.0, flip=False, cutout=0.0)
+done = fit(model(norm=False), settings, loss, job(), checkpoint=Path(sys.argv[1]) / "state.pt")
+torch.save(done.state_dict(), Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    """Half of each batch each: both end with the same weights, which are those of one process but for rounding."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+        f"--master_port={port}", str(tmp_path / "worker.py"), str(tmp_path), json.dumps(sys.path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    zero, one = (torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1))
+    start = model(norm=False).state_dict()
+    alone = fit(
+        model(norm=False), replace(SETTINGS, epochs=2, shift=0.0, flip=False, cutout=0.0), loss, job()
+    ).state_dict()
+    for name in alone:
+        assert torch.isfinite(zero[name]).all()
+        assert torch.equal(zero[name], one[name])
+    moved = max((alone[k] - start[k]).abs().max().item() for k in alone)
+    apart = max((alone[k] - zero[k]).abs().max().item() for k in alone)
+    assert apart < 0.05 * moved
