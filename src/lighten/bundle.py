@@ -166,6 +166,8 @@ def load(folder: Path) -> Bundle:
         names = [manifest["model"]["file"], *manifest["model"]["companions"], "golden.npz"]
         if manifest["preprocessing"]:
             from_json(Preprocess, manifest["preprocessing"])
+        if not isinstance(version, int) or not all(isinstance(n, str) for n in names):
+            raise TypeError("a value of the wrong kind")
     except (ValueError, KeyError, TypeError) as e:
         raise BadBundle(f"{file} is damaged ({type(e).__name__}: {e}).", "Build the bundle again.") from e
     if version > SCHEMA_VERSION:

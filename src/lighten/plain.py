@@ -43,10 +43,14 @@ def _decode(hint: Any, value: Any) -> Any:
             return tuple(_decode(args[0], v) for v in value)
         return tuple(_decode(a, v) for a, v in zip(args, value, strict=True))
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise TypeError(f"wanted {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
         hints = typing.get_type_hints(hint)
         return hint(**{k: _decode(hints[k], v) for k, v in value.items() if k in hints})  # type: ignore[operator]
     if hint is float:
         return math.nan if value is None else float(value)
+    if isinstance(value, dict):
+        return {k: _decode(args[1] if args else Any, v) for k, v in value.items()}
     if hint is Any and isinstance(value, list):
         return tuple(_decode(Any, v) for v in value)
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -388,3 +389,22 @@ def test_transposed_convolution_has_scales_along_its_output_channels() -> None:
     assert axis == 1
     np.testing.assert_allclose(scale, np.abs(model.up.weight.detach().numpy()).max((0, 2, 3)) / 127, rtol=1e-5)
     assert q.shape == (3, 5, 2, 2)
+
+
+@pytest.mark.parametrize("filters", [0.0, 1e-12])
+def test_the_bias_of_a_dead_filter_survives_in_the_fused_file(filters: float, tmp_path: Path) -> None:
+    """Pruned filters, and those of a batch norm whose gamma went to 0: at their own scale the bias would not fit 32 bits,
+    and onnxruntime fuses it at input scale x weight scale, whatever scale stands beside it."""
+    from lighten.formats import onnx as format
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[1:3] = filters
+        model[0].bias.copy_(torch.tensor([0.1, 3.0, -2.0, 0.2]))
+    done = converted(model)
+    format.export(done.module, SHAPE, tmp_path / "m.onnx", INT8, PLAIN)
+    x = images(4, seed=5)
+    with torch.no_grad():
+        want = model(x).numpy()
+    got = format.load(tmp_path / "m.onnx", 1)(x.numpy())
+    np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())

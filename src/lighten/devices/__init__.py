@@ -25,7 +25,10 @@ def load(name: str, machine: Machine | None = None) -> Device:
     """The device's profile. Raises UnknownName with the nearest names, BadConfig naming a wrong key of its file."""
     if name not in names():
         raise UnknownName("device", name, names())
-    values = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
+    try:
+        values = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
+    except ValueError as e:
+        raise BadConfig(f"devices/{name}.toml: {e}.", "Mend the file.") from e
     device = _profile(name, values)
     return fit_to(device, machine or this_machine()) if name == "this-machine" else device
 
@@ -52,5 +55,7 @@ def _profile(name: str, values: dict[str, Any]) -> Device:
             f"devices/{name}.toml: unknown key {sorted(unknown)[0]!r}.",
             f"Known keys: {', '.join(sorted(known))}",
         )
+    if missing := {"title", "title_zh", "formats"} - set(values):
+        raise BadConfig(f"devices/{name}.toml: {sorted(missing)[0]!r} is not given.", "Every device has these three.")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return Device(name=name, **settings)

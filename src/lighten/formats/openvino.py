@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,17 @@ def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision
         file = Path(room) / "model.onnx"
         onnx.save(model, str(file))
         converted = ov.convert_model(str(file))
+    _name_constants(converted)
     ov.save_model(converted, str(path), compress_to_fp16=precision.weights == "float16")
     return (path.with_suffix(".bin"),)
+
+
+def _name_constants(model: Any) -> None:
+    """Names that OpenVINO makes up count on through the process; numbered anew, the same model is the same file."""
+    for k, op in enumerate(model.get_ordered_ops()):
+        name = op.get_friendly_name()
+        if re.fullmatch(r"[A-Za-z]+_\d+", name):
+            op.set_friendly_name(f"{name.rpartition('_')[0]}_{k}_auto")
 
 
 def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -47,6 +47,7 @@ def cut_out(x: Tensor, size: float, generator: torch.Generator) -> Tensor:
     side = max(1, int(width * size))
     cy = torch.randint(0, height, (n, 1), generator=generator).to(x.device)
     cx = torch.randint(0, width, (n, 1), generator=generator).to(x.device)
-    ys = (torch.arange(height, device=x.device)[None] - cy).abs() * 2 < side
-    xs = (torch.arange(width, device=x.device)[None] - cx).abs() * 2 < side
-    return x.masked_fill((ys[:, :, None] & xs[:, None, :])[:, None], 0.0)
+    ys = torch.arange(height, device=x.device)[None] - cy + side // 2
+    xs = torch.arange(width, device=x.device)[None] - cx + side // 2
+    inside_y, inside_x = (ys >= 0) & (ys < side), (xs >= 0) & (xs < side)
+    return x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)

@@ -130,11 +130,12 @@ class _Run:
         split = job.data.train
         steps = max(1, len(split) // settings.batch)
         optimizer = _optimizer(model, settings)
+        total = steps * settings.epochs
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             settings.lr,
-            total_steps=steps * settings.epochs,
-            pct_start=settings.warmup,
+            total_steps=total,
+            pct_start=max(settings.warmup, 1.5 / total) if total > 1 else settings.warmup,
             cycle_momentum=False,
             div_factor=10,
             final_div_factor=1e3,
@@ -196,6 +197,7 @@ class _Run:
 def _epoch(run: _Run, epoch: int, loss: Loss, job: Job) -> float:
     s = run.settings
     model = run.model.train()
+    torch.manual_seed(s.seed * 100_003 + epoch * 61 + run.rank)  # dropout: a resumed epoch draws what it would have
     stepping = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
     total, seen = torch.zeros((), device=run.device), 0
     began = time.monotonic()

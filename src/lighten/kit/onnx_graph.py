@@ -41,6 +41,7 @@ def lower(model: Any, *, unsigned: bool) -> Any:
     if unsigned:
         shift_activations(graph)
     graph.drop_unused()
+    del model.graph.value_info[:]  # the exporter's types are those from before
     return model
 
 
@@ -87,8 +88,6 @@ def quantize_biases(graph: _Graph) -> None:
             continue
         scale = (x_scale.astype(np.float64) * w_scale.astype(np.float64)).astype(np.float32)
         scale = np.broadcast_to(scale.reshape(-1), bias.shape).copy()
-        # A channel of all-zero weights has the smallest scale there is; its bias needs one it can be held in.
-        scale = np.maximum(scale, np.abs(bias) / np.float32(2**30)).astype(np.float32)
         q = np.round(bias.astype(np.float64) / scale).clip(-(2**31), 2**31 - 1).astype(np.int32)
         name = f"{node.output[0]}_bias"
         inputs = [

@@ -70,11 +70,17 @@ class PerChannelWeightObserver(ObserverBase):
             methods,
         )
         self.weight: Tensor | None = None
+        self.least: Tensor | None = None
         self._qparams: tuple[Tensor, Tensor] | None = None
 
     @property
     def grid(self) -> Grid:
         return Grid(self.quant_min, self.quant_max, symmetric=True)
+
+    def keep_above(self, least: Tensor) -> None:
+        """Let no channel's scale fall under `least` (one value a channel)."""
+        self.least = least if self.least is None else torch.maximum(self.least, least)
+        self._qparams = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is not x:
@@ -85,5 +91,6 @@ class PerChannelWeightObserver(ObserverBase):
         if self.weight is None:
             raise ValueError("saw no weight")
         if self._qparams is None:
-            self._qparams = weight_scales(self.weight, self.ch_axis, self.grid, self.methods)
+            scale, zero = weight_scales(self.weight, self.ch_axis, self.grid, self.methods)
+            self._qparams = (scale if self.least is None else torch.maximum(scale, self.least)), zero
         return self._qparams

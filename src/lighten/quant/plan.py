@@ -52,7 +52,13 @@ def quantize(
             "The model holds no layer that can be quantized (convolution or linear).",
             "Choose a float precision.",
         )
+    if strangers := sorted(set(quantizer.exceptions) - set(quantizer.layers.values())):
+        raise BadModel(
+            f"The precision names layers that are not there: {', '.join(strangers[:3])}.",
+            f"Layers: {', '.join(sorted(set(quantizer.layers.values()))[:40])}",
+        )
     _calibrate(prepared, batches, step)
+    _leave_room_for_biases(prepared, quantizer)
     layers = tuple(_describe(prepared, quantizer))
     with quiet():
         return Quantized(convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers)
@@ -75,6 +81,30 @@ def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[
             step(done)
     if not done:
         raise BadData("There are no calibration images.", "Give at least a few dozen.")
+
+
+def _leave_room_for_biases(prepared: GraphModule, quantizer: PolicyQuantizer) -> None:
+    """Widen the scale of weights that are all but zero, so that the bias fits 32 bits at input scale x weight scale.
+
+    Pruned filters, and those whose batch norm went to zero, would get the smallest scale there is. Runtimes fuse the
+    bias at exactly that product (Jacob et al., 2018, eq. 11), whatever else is written beside it.
+    """
+    for node in prepared.graph.nodes:
+        if _layer_of(node, quantizer) is None or len(node.args) < 3 or node.args[2] is None:
+            continue
+        source, weight = _module(prepared, node.args[0]), _module(prepared, node.args[1])
+        if isinstance(source, ActivationObserver) and isinstance(weight, PerChannelWeightObserver):
+            bias = _constant(prepared, node.args[2])
+            scale, _ = source.calculate_qparams()
+            weight.keep_above((bias.detach().abs().double() / 2**30 / scale.double()).float())
+
+
+def _constant(graph: GraphModule, node: Any) -> Tensor:
+    """The tensor of a get_attr node."""
+    value: Any = graph
+    for part in node.target.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dict[str, Any]]:
