@@ -36,12 +36,13 @@ def next_recipe(recipes: Sequence[Recipe], done: Iterable[Trial]) -> Recipe | No
 
 def judge(trials: Sequence[Trial], baseline: Trial, budget: Budget, same_machine: bool = True) -> Trial:
     """The winner: inside the budget, within one standard error of the best, then the simplest, then not slower than
-    the original, then the smallest. Where nothing is inside the budget, the nearest.
+    the original, then the smallest. Where nothing is inside the budget, the nearest. The original wins only where it is
+    among `trials`, or nothing else was measured.
 
     `same_machine` is False where times were not taken on the kind of processor that is the target.
     """
     base = _evidence(baseline)
-    good = [t for t in (*trials, baseline) if t.evidence is not None]
+    good = [t for t in trials if t.evidence is not None] or [baseline]
     inside = [t for t in good if not budget.misses(_evidence(t), base)]
     if not inside:
         return min(good, key=lambda t: (distance(budget.misses(_evidence(t), base)), _evidence(t).size.bytes))

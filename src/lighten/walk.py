@@ -25,7 +25,7 @@ from lighten.data.splits import FileImages
 from lighten.errors import BadConfig, BadModel
 from lighten.machine import environment, this_machine
 from lighten.methods.quantize import precisions
-from lighten.plugins import get
+from lighten.plugins import get, missing_backends
 from lighten.types import (
     Budget,
     Data,
@@ -94,6 +94,7 @@ def compress(
     """
     budget = budget or Budget()
     job, lines = front_desk(model, data, device, preprocess, settings, progress)
+    recipes(job.device, settings)  # refuses what cannot be tried before anything is
     for line in lines:
         log(line)
     fingerprint = question(job, budget, settings)
@@ -106,7 +107,7 @@ def compress(
         book = ledger.open_ledger(folder, fingerprint)
         book, baseline, reference = weigh_in(book, job, folder, settings, log)
         book = try_all(book, baseline, job, reference, folder, budget, settings, log)
-        result = judge(book, baseline, job, reference, folder, budget, settings, log)
+        result = judge(book, baseline, job, folder, budget, settings, log)
         report.write(result, folder, lang=settings.lang)
     return result
 
@@ -220,6 +221,7 @@ def tried(
     folder: Path,
     settings: Settings,
     log: Log,
+    made: workshop.Made | None = None,
 ) -> tuple[ledger.Ledger, Trial]:
     """The trial of a recipe: from the ledger where its files are whole, else made and recorded."""
     known = next((t for t in book.trials if t.id == recipe.id), None)
@@ -227,7 +229,7 @@ def tried(
         log(f"{recipe.title}: done before")
         return book, known
     workshop.sweep(folder / "artifacts")
-    trial = workshop.attempt(recipe, job, reference, folder / "artifacts", settings.timing)
+    trial = workshop.attempt(recipe, job, reference, folder / "artifacts", settings.timing, made)
     log(line_of(trial))
     return book.append("trial", trial), trial
 
@@ -244,14 +246,24 @@ def line_of(trial: Trial) -> str:
 
 
 def recipes(device: Device, settings: Settings) -> tuple[Recipe, ...]:
-    """What will be tried: the device's formats that are installed (or those asked for) at every precision."""
-    from lighten.plugins import missing_backends
+    """What will be tried: the device's formats that are installed (or those asked for) at every precision.
 
-    formats = settings.formats or tuple(f for f in device.formats if not missing_backends(get("formats", f)))
-    for name in settings.formats:
+    Raises BadConfig for a format that the device does not take, MissingBackend where one that was asked for is not
+    installed, or none is.
+    """
+    if strange := [f for f in settings.formats if f not in device.formats]:
+        raise BadConfig(f"{device.title} does not take {strange[0]}.", f"It takes {', '.join(device.formats)}.")
+    ready = tuple(f for f in device.formats if not missing_backends(get("formats", f)))
+    for name in settings.formats or (() if ready else device.formats):
         get("formats", name, needs="REQUIRES")
     wanted = [p for p in precisions(device) if not settings.precisions or p.weights in settings.precisions]
-    return search.menu(formats, wanted)
+    return search.menu(settings.formats or ready, wanted)
+
+
+def left_out(device: Device, settings: Settings) -> list[str]:
+    """Formats of the device that are not tried because their tools are missing, and how to get them."""
+    rows = [(f, get("formats", f)) for f in (() if settings.formats else device.formats)]
+    return [f"{f} is left out: pip install 'lighten[{m.EXTRA}]'" for f, m in rows if missing_backends(m)]
 
 
 def try_all(
@@ -266,12 +278,15 @@ def try_all(
 ) -> ledger.Ledger:
     """The only loop."""
     menu, began, done = recipes(job.device, settings), time.monotonic(), [baseline]
+    made: workshop.Made = {}
+    for line in left_out(job.device, settings):
+        log(line)
     while (recipe := search.next_recipe(menu, done)) is not None:
         if budget.time_s is not None and time.monotonic() - began > budget.time_s:
             log(f"time is up after {len(done)} trials")
             break
         job.progress("trials", len(done), len(menu))
-        book, trial = tried(book, recipe, job, reference, folder, settings, log)
+        book, trial = tried(book, recipe, job, reference, folder, settings, log, made)
         done.append(trial)
     job.progress("trials", len(menu), len(menu))
     return book
@@ -284,7 +299,6 @@ def judge(
     book: ledger.Ledger,
     baseline: Trial,
     job: Job,
-    reference: workshop.Reference,
     folder: Path,
     budget: Budget,
     settings: Settings,
@@ -292,12 +306,9 @@ def judge(
 ) -> Result:
     """Choose, measure the winner once on the report split, write bundle and result.json."""
     same_machine = not job.device.arch or job.device.arch == this_machine().arch
-    menu = {r.id for r in (baseline.recipe, *recipes(job.device, settings))}
-    trials = tuple(t for t in book.trials if t.id in menu and workshop.is_whole(t, folder))
-    allowed = [t for t in trials if not settings.formats or t.recipe.format in settings.formats]
-    allowed = [t for t in allowed if not settings.precisions or t.recipe.precision.weights in settings.precisions]
-    allowed = [t for t in allowed if t.evidence] or [baseline]
-    winner = search.judge(allowed, baseline, budget, same_machine)
+    asked = {r.id for r in recipes(job.device, settings)}
+    trials = tuple(t for t in book.trials if t.id in {baseline.id, *asked} and workshop.is_whole(t, folder))
+    winner = search.judge([t for t in trials if t.id in asked], baseline, budget, same_machine)
     report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
     final, before, after = read_report(book, baseline, winner, report_split, job, folder, log)
     assert winner.evidence is not None

@@ -18,7 +18,7 @@ from lighten.data.cache import room_to_write, sha256_file, whole_folder
 from lighten.data.splits import Split
 from lighten.errors import DiskFull, LightenError, RefusedFormat
 from lighten.plugins import get
-from lighten.types import Agreement, Artifact, Evidence, Failure, Job, Recipe, Size, Trial
+from lighten.types import Agreement, Artifact, Evidence, Failure, Job, Precision, Recipe, Size, Step, Trial
 
 FIDELITY_IMAGES = 256
 
@@ -41,11 +41,17 @@ class Reference:
     outputs: np.ndarray
 
 
-def attempt(recipe: Recipe, job: Job, reference: Reference, folder: Path, timing: bench.Timing) -> Trial:
+Made = dict[tuple[tuple[Step, ...], Precision], Any]
+"""The module of the last steps and precision: the next format of the same plan takes it as it is."""
+
+
+def attempt(
+    recipe: Recipe, job: Job, reference: Reference, folder: Path, timing: bench.Timing, made: Made | None = None
+) -> Trial:
     """Build and examine; what fails becomes a failed trial with its stage and reason, never a failed run."""
     stage = "being built"
     try:
-        built = build(recipe, job, folder)
+        built = build(recipe, job, folder, made)
         stage = "being measured"
         evidence = examine(built, job, reference, folder, timing)
         return Trial(recipe, built.artifact, evidence, build_s=built.seconds, layers=built.layers)
@@ -57,13 +63,13 @@ def attempt(recipe: Recipe, job: Job, reference: Reference, folder: Path, timing
         return Trial(recipe, failure=Failure(stage, f"{type(e).__name__}: {str(e)[:300]}"))
 
 
-def build(recipe: Recipe, job: Job, folder: Path) -> Built:
+def build(recipe: Recipe, job: Job, folder: Path, made: Made | None = None) -> Built:
     """Copy the model once, let each step own the copy, export whole or not at all to `folder`/ID."""
     began = time.perf_counter()
     format = get("formats", recipe.format, needs="REQUIRES")
     if reason := format.refuses(recipe.precision, job.device):
         raise RefusedFormat(f"{recipe.format} refuses: {reason}.")
-    module = apply_steps(recipe, job)
+    module = apply_steps(recipe, job, {} if made is None else made)
     with whole_folder(folder / recipe.id) as room:
         file = room / f"model{format.SUFFIX}"
         companions = format.export(module, input_shape(job), file, recipe.precision, job.device)
@@ -77,12 +83,17 @@ def build(recipe: Recipe, job: Job, folder: Path) -> Built:
     return Built(artifact, module, tuple(getattr(module, "meta", {}).get("layers", ())), time.perf_counter() - began)
 
 
-def apply_steps(recipe: Recipe, job: Job) -> Any:
-    """The module that the recipe's steps make of a copy of the original."""
+def apply_steps(recipe: Recipe, job: Job, made: Made) -> Any:
+    """The module that the recipe's steps make of a copy of the original; `made` keeps it for the next format."""
+    key = (recipe.steps, recipe.precision)
+    if key in made:
+        return made[key]
     module = copy.deepcopy(job.original).eval()
     job = dataclasses.replace(job, precision=recipe.precision)
     for step in recipe.steps:
         module = get("methods", step.method, needs="REQUIRES").Step(**dict(step.settings)).apply(module, job)
+    made.clear()
+    made[key] = module
     return module
 
 

@@ -36,9 +36,9 @@ NO_LIMIT = Budget()
 
 
 def won(trials: Sequence[Trial], budget: Budget = NO_LIMIT, same_machine: bool = True) -> Trial:
-    """The winner, which must not hang on the order of the trials."""
-    first = search.judge(trials, BASE, budget, same_machine)
-    assert search.judge(list(reversed(trials)), BASE, budget, same_machine) == first
+    """The winner among the trials and the original, which must not hang on their order."""
+    first = search.judge([*trials, BASE], BASE, budget, same_machine)
+    assert search.judge([BASE, *reversed(trials)], BASE, budget, same_machine) == first
     return first
 
 
@@ -99,6 +99,11 @@ def test_faster_wins_among_equals_in_size() -> None:
 
 def test_the_original_wins_where_nothing_else_is_inside() -> None:
     assert won([int8(drop=5.0)], Budget(max_drop=1.0)) == BASE
+
+
+def test_the_original_does_not_win_where_it_was_not_asked_for() -> None:
+    assert search.judge([int8(drop=5.0)], BASE, Budget(max_drop=1.0)) == int8(drop=5.0)
+    assert search.judge([], BASE, Budget(max_drop=1.0)) == BASE
 
 
 def test_without_a_file_inside_the_nearest_is_named() -> None:
