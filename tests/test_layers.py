@@ -30,11 +30,11 @@ MAY = {
     # Written in the design: plugins -> errors.
     "plugins": {"errors"},
     "quant": {*BASE, "quant", "kit"},
-    "data": {*BASE, "data", "plugins", "models"},
+    "data": {*BASE, "data", "plugins"},
     "kit": {*BASE, "kit", "data"},
     "devices": {*BASE, "machine"},
     # Demo models and how to train them: training scores itself by the task, and reads its YAML by config.
-    "models": {*BASE, "models", "data", "kit", "config", "plugins", "tasks"},
+    "models": {*BASE, "models", "data", "kit", "config", "plugins"},
     "methods": {*BASE, "quant", "kit", "data", "machine", "plugins"},
     "formats": {*BASE, "quant", "kit", "data", "machine", "plugins"},
     "tasks": {*BASE, "quant", "kit", "data", "machine", "plugins"},
@@ -53,7 +53,7 @@ MAY = {
     "cli": {*BASE, *HELPERS, *ROOMS, *TOP, "plugins", PACKAGE},
 }  # fmt: skip
 """Who may import whom. `walk` and `frontdesk` ask methods/quantize which precisions are worth a trial; nothing below
-them knows a plug-in by name. `data` and `models` know each other because the demonstration is both."""
+them knows a plug-in by name."""
 
 PUBLIC = {"walk", "data", "types"}
 """What the package's own __init__ gives out, when it is asked for."""

@@ -195,11 +195,12 @@ class Loaded:
 def load_model(wanted: ModelIn) -> Loaded:
     """Architecture, weights and preprocessing. Raises BadModel and its kin."""
     _need_compress()
-    from lighten.models import demo
+    from lighten.data import demo
     from lighten.models.load import load, own_preprocess
 
     if wanted.path == "demo":
-        return Loaded(demo.model(), demo.PREPROCESS, ())
+        module, _ = load(demo.WEIGHTS, "lighten:resnet20", classes=10)
+        return Loaded(module, demo.PREPROCESS, ())
     if wanted.arch is None:
         raise BadConfig(
             "--arch is not given.",

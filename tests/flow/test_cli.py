@@ -78,7 +78,7 @@ def test_demo_leaves_a_complete_run_folder(demo: Path) -> None:
 
 
 def test_run_labels_images_in_english_and_chinese(demo: Path, tmp_path: Path) -> None:
-    from lighten.models import demo as embedded
+    from lighten.data import demo as embedded
 
     report = embedded.data().report
     right = 0
@@ -328,3 +328,17 @@ def wait_for(ready: object, seconds: float = 120) -> None:
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.1)
+
+
+def test_train_writes_a_checkpoint_that_inspect_reads(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(
+        "arch: lighten:resnet20\ndata: demo\nout: out\npreprocess: {height: 32, width: 32}\nfit: {epochs: 1, batch: 64, lr: 0.05}\n"
+    )
+    done = lighten("train", "t.yaml", cwd=tmp_path)
+    assert done.returncode == EXIT_PASS, done.stdout
+    assert "report: top-1" in done.stdout
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    assert record["fit"]["epochs"] == 1
+    seen = lighten("inspect", "out/model.safetensors", "--arch", "lighten:resnet20", "--input-size", 32, cwd=tmp_path)
+    assert seen.returncode == EXIT_PASS, seen.stdout
+    assert "0.27 million" in seen.stdout

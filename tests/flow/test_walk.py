@@ -249,3 +249,16 @@ def test_a_format_that_fails_is_a_failed_trial_not_a_failed_run(
     assert failed.failure is not None
     assert "aten.nothing" in failed.failure.reason
     assert (tmp_path / "x" / "report.html").exists()
+
+
+def test_a_wrong_channel_order_is_doubted_and_the_right_one_is_not() -> None:
+    from lighten import walk
+    from lighten.data import demo
+    from lighten.models.load import load
+
+    net, _ = load(demo.WEIGHTS, "lighten:resnet20")
+    for order, doubted in (("RGB", False), ("BGR", True)):
+        how = dataclasses.replace(demo.PREPROCESS, channel_order=order)
+        job, _ = walk.front_desk(net, demo.data(), "this-machine", how, lighten.Settings(), lambda *_: None)
+        outputs = walk.workshop.torch_outputs(net, job, job.data.select)
+        assert [f.code for f in walk.doubts(job, outputs)] == ["channel-order"] * doubted

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lighten.data.preprocess import describe, from_settings, normalize, to_pixels
+from lighten.data.preprocess import describe, normalize, to_pixels
 from lighten.types import Preprocess
 
 transforms = pytest.importorskip("torchvision.transforms")
@@ -124,15 +124,6 @@ def test_the_right_size_passes_untouched() -> None:
 def test_nonsense_is_refused_at_birth(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocess(**{"height": 24, "width": 24, **settings})
-
-
-def test_settings_go_over_the_models_own() -> None:
-    got = from_settings({"height": 30, "width": 30, "resize": 36, "mean": None}, CROP)
-    assert (got.height, got.resize, got.mean, got.source) == (30, 36, CROP.mean, "given on the command line")
-    assert from_settings({"height": None}, CROP) == CROP
-    assert from_settings({"height": 8, "width": 9}) == Preprocess(8, 9)
-    with pytest.raises(ValueError, match="must cover"):
-        from_settings({"height": 30}, CROP)
 
 
 def test_describe_names_what_matters() -> None:

@@ -37,7 +37,7 @@ def load(
     if isinstance(spec, Data):
         return spec
     if spec == "demo":
-        from lighten.models import demo
+        from lighten.data import demo
 
         return demo.data()
     if isinstance(spec, str) and spec in builtin.known():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from PIL import Image
 
@@ -63,14 +61,3 @@ def describe(how: Preprocess | None) -> str:
         scale = f"shorter side to {how.resize}, centre crop {how.width}x{how.height}"
     numbers = ", ".join(f"{m:g}" for m in how.mean) + " / " + ", ".join(f"{s:g}" for s in how.std)
     return f"{how.channel_order}, {scale} ({how.interpolation}), /255, mean / std {numbers} ({how.source})"
-
-
-def from_settings(settings: dict[str, Any], base: Preprocess | None = None) -> Preprocess:
-    """`base` with every setting that is not None put over it. Raises ValueError on nonsense."""
-    import dataclasses
-
-    given = {k: v for k, v in settings.items() if v is not None}
-    if base is not None:
-        source = "given on the command line" if set(given) - {"source"} else base.source
-        return dataclasses.replace(base, **{"source": source, **given})
-    return Preprocess(**given)

@@ -10,8 +10,8 @@ from typing import Any
 from lighten.config import check_keys, read_yaml
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
-from lighten.data.preprocess import from_settings
 from lighten.errors import BadConfig
+from lighten.plugins import get
 from lighten.types import Device, Job, Preprocess, Progress, silent, to_json
 
 KEYS = ("arch", "classes", "weights", "data", "preprocess", "fit", "out", "seed")
@@ -30,8 +30,8 @@ def train(
             raise BadConfig(f"{config} lacks the key {key!r}.", f"A training needs: {', '.join(KEYS)}.")
     from lighten.kit.fit import FitSettings, best_device, fit
     from lighten.kit.infer import outputs
-    from lighten.tasks import classification as task
 
+    task = get("tasks", "classification")
     check_keys(values["preprocess"], [f.name for f in dataclasses.fields(Preprocess)], f"{config}, preprocess")
     check_keys(values.get("fit", {}), [f.name for f in dataclasses.fields(FitSettings)], f"{config}, fit")
     how, settings = _settings(config, values, FitSettings)
@@ -65,9 +65,9 @@ def train(
 
 def _settings(config: Path, values: dict[str, Any], kind: Any) -> tuple[Preprocess, Any]:
     fit_values = {"seed": values.get("seed", 0), **values.get("fit", {})}
-    listed = {k: tuple(v) if isinstance(v, list) else v for k, v in values["preprocess"].items()}
+    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["preprocess"].items()}
     try:
-        return from_settings({"source": "the training's settings", **listed}), kind(**fit_values)
+        return Preprocess(**{"source": "the training's settings", **listed}), kind(**fit_values)
     except (TypeError, ValueError) as e:
         raise BadConfig(f"{config}: {e}.") from e
 

@@ -1,10 +1,9 @@
-"""The embedded demonstration: a ResNet-20 trained on CIFAR-10 and a few thousand real images it never trained on."""
+"""The embedded demonstration images: real, from CIFAR-10, with the splits the embedded network was trained with."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,17 +12,11 @@ from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.data.splits import ArrayImages, Split
 from lighten.types import Data, Preprocess, digest
 
-FOLDER = Path(__file__).parent / "demo_files"
+FOLDER = Path(__file__).parent.parent / "demo_files"
+WEIGHTS = FOLDER / "resnet20.safetensors"
 PREPROCESS = Preprocess(32, 32, source="the training's settings")
 COUNTS = {"train": 256, "calibrate": 256, "select": 1200, "report": 1800}
 COLUMNS = 64
-
-
-def model() -> Any:
-    """The trained ResNet-20, in eval mode."""
-    from lighten.models.load import load
-
-    return load(FOLDER / "resnet20.safetensors", "lighten:resnet20", classes=10)[0]
 
 
 def data() -> Data:
@@ -61,7 +54,7 @@ def make(weights: Path, source: Data) -> None:
     with whole_folder(FOLDER) as room:
         Image.fromarray(_sheet(np.concatenate(tiles))).save(room / "images.webp", lossless=True, quality=100, method=6)
         state = {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in load_file(weights).items()}
-        write_whole(room / "resnet20.safetensors", save(state))
+        write_whole(room / WEIGHTS.name, save(state))
         table = {"classes": source.classes, "classes_zh": source.classes_zh, "labels": labels}
         write_whole(room / "labels.json", json.dumps(table, ensure_ascii=False))
 
