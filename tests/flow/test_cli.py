@@ -291,7 +291,13 @@ def test_unreadable_images_are_counted_or_refused_by_strict(photos: Path, tmp_pa
 def test_neither_interrupt_nor_kill_9_loses_a_finished_trial(tmp_path: Path) -> None:
     command = [*LIGHTEN, "compress", "demo", *QUICK, "--max-drop", "2", "--out", str(tmp_path), "--name", "k"]
     ledger, rng = tmp_path / "k" / "ledger.jsonl", random.Random(int(time.time()))
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a CI in the background ignores SIGINT
+    )
     wait_for(lambda: ledger.exists() and ledger.read_text().count("\n") >= 2)
     child.send_signal(signal.SIGINT)
     text = child.communicate(timeout=60)[0]
