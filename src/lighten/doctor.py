@@ -40,13 +40,19 @@ def diagnose() -> Diagnosis:
     }
     rows["gpu"] = ", ".join(machine.gpus) or "none found (nvidia-smi)"
     backends = {name: _backend(name, extra) for name, extra in TOOLS.items()}
-    ready = [f for f in plugins.names("formats") if not plugins.missing_backends(plugins.get("formats", f))]
+    ready = {needs: _formats(needs) for needs in ("REQUIRES", "RUNS_ON")}
     profile = {
         "integer kernels": device.kernels,
-        "formats ready": ", ".join(ready) or "none",
+        "formats built here": ready["REQUIRES"],
+        "formats run here": ready["RUNS_ON"],
         "threads": str(device.threads),
     }
     return Diagnosis(rows, backends, profile, _verdict(backends))
+
+
+def _formats(needs: str) -> str:
+    modules = {f: plugins.get("formats", f) for f in plugins.names("formats")}
+    return ", ".join(f for f, m in modules.items() if not plugins.missing_backends(m, needs)) or "none"
 
 
 def _backend(name: str, extra: str) -> str:

@@ -289,6 +289,7 @@ class Inspection:
 
 def inspect_model(wanted: ModelIn, data: str | None, device: str, progress: Progress = silent) -> Inspection:
     """Parameters, layers, preprocessing, format matrix and, with `data`, what the calibration doctor says."""
+    _need_compress()
     from lighten import devices
     from lighten.data.preprocess import describe
     from lighten.kit.trace import check_output
