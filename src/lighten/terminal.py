@@ -78,7 +78,7 @@ def trials_table(result: Result) -> Table:
     base = result.baseline.evidence
     assert base is not None
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 1))
-    for name in ("", "recipe", "MB", "smaller", "top-1 %", "drop", "ms", "faster", "RAM MB"):
+    for name in ("", "recipe", "MB", "smaller", "top-1 %", "drop", "ms", "speed", "RAM MB"):
         table.add_column(name, justify="left" if name in ("", "recipe") else "right", no_wrap=name != "recipe")
     for trial in (result.baseline, *result.trials):
         mark = "★" if trial.id == result.winner else ""
@@ -113,12 +113,12 @@ def print_result(result: Result, lang: str) -> None:
     for advice in result.advice:
         console.print(f"  [yellow]![/] {escape(advice.zh if lang == 'zh' else advice.en)}", soft_wrap=True)
     said = (
-        f"{winner.recipe.title}: {shrink(winner.evidence, base):.1f} % smaller, {speedup(winner.evidence, base):.2f}x faster, "
+        f"{winner.recipe.title}: {shrink(winner.evidence, base):.1f} % smaller, {speedup(winner.evidence, base):.2f}x the speed, "
         f"top-1 {final.winner} % against {final.baseline} % (drop {final.drop} pt) on the {final.winner.n} report images"
     )
     if lang == "zh":
         said = (
-            f"{winner.recipe.title}：缩小 {shrink(winner.evidence, base):.1f} %，提速 {speedup(winner.evidence, base):.2f} 倍，"
+            f"{winner.recipe.title}：缩小 {shrink(winner.evidence, base):.1f} %，速度为原来的 {speedup(winner.evidence, base):.2f} 倍，"
             f"在 {final.winner.n} 张报告图片上 top-1 {final.winner} %，原模型 {final.baseline} %（下降 {final.drop} 个百分点）"
         )
     color = "green" if result.passed else "red"
