@@ -175,6 +175,10 @@ def compress(
     channel_order: Annotated[str | None, typer.Option(help="RGB, BGR or GRAY.")] = None,
     formats: Annotated[str | None, typer.Option(help="Comma-separated; else those of the device.")] = None,
     precisions: Annotated[str | None, typer.Option(help="Comma-separated of float32, float16, int8; else all.")] = None,
+    ranges: Annotated[
+        str | None,
+        typer.Option(help="One method for every range: min-max, percentile, mse, moving-average, entropy [auto]."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where run folders are [runs].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the splits [0].")] = None,

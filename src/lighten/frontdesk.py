@@ -51,6 +51,7 @@ class Options:
     channel_order: str | None = None
     formats: Any = None
     precisions: Any = None
+    ranges: str = "auto"
     name: str | None = None
     out: Any = "runs"
     seed: int = 0
@@ -98,6 +99,7 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
             seed=options.seed,
             formats=_words(options.formats),
             precisions=_words(options.precisions),
+            ranges=options.ranges,
             strict=options.strict,
             fresh=options.fresh,
             lang=options.lang,
@@ -376,6 +378,7 @@ min_shrink: 70                    # percent of the bytes that must go
 
 # formats: [onnx, openvino]       # else all that the device takes
 # precisions: [float32, float16, int8]
+# ranges: auto                    # min-max, percentile, mse, moving-average, entropy: one method for every tensor
 # name: my-run                    # the folder runs/my-run
 # seed: 0
 # lang: en                        # zh

@@ -22,10 +22,13 @@ SLOWER = 1.05
 """A file counts as slower than another from this ratio of medians on; less is the noise of a shared machine."""
 
 
-def menu(formats: Iterable[str], precisions: Iterable[Precision]) -> tuple[Recipe, ...]:
-    """Every format at every precision, quantized ones by the default quantize step."""
+QUANTIZE = Step("quantize")
+
+
+def menu(formats: Iterable[str], precisions: Iterable[Precision], quantize: Step = QUANTIZE) -> tuple[Recipe, ...]:
+    """Every format at every precision, quantized ones by the step `quantize`."""
     rows = [(f, p) for p in precisions for f in formats]
-    return tuple(Recipe((Step("quantize"),) if p.quantized else (), p, f) for f, p in rows)
+    return tuple(Recipe((quantize,) if p.quantized else (), p, f) for f, p in rows)
 
 
 def next_recipe(recipes: Sequence[Recipe], done: Iterable[Trial]) -> Recipe | None:

@@ -99,6 +99,8 @@ class Device:
     activations: str = "uint8"
     symmetric_activations: bool = False
     reduce_range: bool = False
+    per_channel_weights: bool = True
+    power_of_two_scales: bool = False
     channel_multiple: int = 8
     threads: int = 4
     memory_mb: int = 1024
@@ -111,6 +113,8 @@ class Device:
         words = [f"{self.activations} activations"]
         words += ["symmetric"] if self.symmetric_activations else []
         words += ["7-bit weights"] if self.reduce_range else []
+        words += [] if self.per_channel_weights else ["one weight scale a layer"]
+        words += ["scales of powers of two"] if self.power_of_two_scales else []
         return ", ".join(words)
 
 

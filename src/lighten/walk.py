@@ -24,6 +24,7 @@ from lighten.data.doctor import examine as examine_data
 from lighten.data.splits import FileImages
 from lighten.errors import BadConfig, BadModel
 from lighten.machine import environment, this_machine
+from lighten.methods.quantize import Step as QuantizeStep
 from lighten.methods.quantize import precisions
 from lighten.plugins import get, missing_backends
 from lighten.types import (
@@ -36,6 +37,7 @@ from lighten.types import (
     Progress,
     Recipe,
     Result,
+    Step,
     Trial,
     digest,
     silent,
@@ -56,6 +58,7 @@ class Settings:
     seed: int = 0
     formats: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
+    ranges: str = "auto"
     strict: bool = False
     fresh: bool = False
     lang: str = "en"
@@ -64,6 +67,7 @@ class Settings:
     command: str = ""
 
     def __post_init__(self) -> None:
+        QuantizeStep(ranges=self.ranges)
         for kind, given, known in (
             ("format", self.formats, None),
             ("precision", self.precisions, ("float32", "float16", "int8")),
@@ -152,7 +156,7 @@ def _ready_inputs(data: Data) -> bool:
 def question(job: Job, budget: Budget, settings: Settings) -> str:
     """What makes two runs the same: weights, data, preprocessing, device, budget, choices. Not the clock."""
     state = {k: v.detach().cpu().numpy() for k, v in job.original.state_dict().items()}
-    choices = [settings.seed, settings.formats, settings.precisions, to_json(settings.timing)]
+    choices = [settings.seed, settings.formats, settings.precisions, settings.ranges, to_json(settings.timing)]
     device = to_json(job.device)
     device.pop("memory_mb")
     return digest(
@@ -257,7 +261,9 @@ def recipes(device: Device, settings: Settings) -> tuple[Recipe, ...]:
     for name in settings.formats or (() if ready else device.formats):
         get("formats", name, needs="REQUIRES")
     wanted = [p for p in precisions(device) if not settings.precisions or p.weights in settings.precisions]
-    return search.menu(settings.formats or ready, wanted)
+    # The default step has no settings of its own, so that its recipe is the same one in every version.
+    chosen = () if settings.ranges == "auto" else (("ranges", settings.ranges),)
+    return search.menu(settings.formats or ready, wanted, Step("quantize", chosen))
 
 
 def left_out(device: Device, settings: Settings) -> list[str]:

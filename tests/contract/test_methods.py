@@ -137,7 +137,7 @@ def test_quantize_leaves_a_float_precision_alone(job: Job) -> None:
     assert get("methods", "quantize").Step().apply(job.original, plain) is job.original
 
 
-@pytest.mark.parametrize("bad", [{"ranges": "entropy"}, {"images": 0}, {"batch": 0}])
+@pytest.mark.parametrize("bad", [{"ranges": "entropie"}, {"images": 0}, {"batch": 0}])
 def test_quantize_names_a_bad_setting(bad: dict[str, Any]) -> None:
     with pytest.raises(BadConfig, match=next(iter(bad))):
         get("methods", "quantize").Step(**bad)

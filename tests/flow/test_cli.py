@@ -196,6 +196,7 @@ def test_every_key_of_the_example_is_an_option() -> None:
     (["compress", "demo", "--device", "raspbery-pi-5"], "Did you mean raspberry-pi-5"),
     (["compress", "demo", "--formats", "onx"], "Did you mean onnx"),
     (["compress", "demo", "--precisions", "int9"], "int9"),
+        (["compress", "demo", "--ranges", "kl"], "ranges is 'kl'"),
         (["compress", "demo", "--formats", "openvino", "--device", "raspberry-pi-4"], "does not take openvino"),
     (["compress", "demo", "--max-drop", "-1"], "max_drop"),
     (["compress", "demo", "--max-drop", "nan"], "max_drop"),

@@ -408,3 +408,33 @@ def test_the_bias_of_a_dead_filter_survives_in_the_fused_file(filters: float, tm
         want = model(x).numpy()
     got = format.load(tmp_path / "m.onnx", 1)(x.numpy())
     np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_one_scale_a_layer_and_powers_of_two_where_the_device_wants_them(power_of_two: bool, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    from lighten.formats import onnx as format
+
+    device = replace(PLAIN, per_channel_weights=False, power_of_two_scales=power_of_two)
+    done = converted(tiny(), device)
+    format.export(done.module, SHAPE, tmp_path / "m.onnx", INT8, device)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    stored = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    weights = [
+        n
+        for n in graph.node
+        if n.op_type == "DequantizeLinear" and stored.get(n.input[0], np.zeros(1)).dtype == np.int8
+    ]
+    assert len(weights) == 3
+    assert all(stored[n.input[1]].size == 1 for n in weights)
+    scales = [stored[n.input[1]] for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    exact = [bool((np.frexp(s)[0] == 0.5).all()) for s in scales]
+    assert all(exact) == power_of_two
+    x = images(4, seed=2)
+    with torch.no_grad():
+        want, float_answer = done.module(x).numpy(), tiny()(x).numpy()
+    got = format.load(tmp_path / "m.onnx", 1)(x.numpy())
+    np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+    np.testing.assert_allclose(got, float_answer, atol=0.2 * np.abs(float_answer).max())

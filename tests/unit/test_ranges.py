@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lighten.quant.ranges import (
-    METHODS,
+    ALL_METHODS,
     PERCENTILES,
     Grid,
     Histogram,
     choose,
+    divergence,
     least_squares,
     min_max,
     percentile,
@@ -256,10 +257,74 @@ def test_outliers_are_clipped_at_4_bits_and_the_method_is_named() -> None:
 
 def test_only_methods_asked_for_are_used_and_unknown_ones_refused() -> None:
     h = histogram(data("outliers"))
-    for method in METHODS:
+    for method in ALL_METHODS:
         assert choose(h, INT4, (method,)).method.startswith(method)
-    with pytest.raises(ValueError, match="entropy"):
-        choose(h, INT8, ("entropy",))
+    with pytest.raises(ValueError, match="entropie"):
+        choose(h, INT8, ("entropie",))
+
+
+def test_the_moving_average_is_numpys_over_the_batches() -> None:
+    rng, h, lo, hi = np.random.default_rng(3), Histogram(), 0.0, 0.0
+    for k, batch in enumerate(rng.normal(size=(7, 50))):
+        keep = 0.9 if k else 0.0
+        lo, hi = keep * lo + (1 - keep) * batch.min(), keep * hi + (1 - keep) * batch.max()
+        h.add(torch.from_numpy(batch))
+    found = choose(h, INT8, ("moving-average",))
+    assert (found.lo, found.hi) == pytest.approx((lo, hi), rel=1e-6)
+    assert h.smallest < lo < 0 < hi < h.largest
+
+
+def divergence_by_hand(h: Histogram, lo: float, hi: float, grid: Grid) -> float:
+    """The same KL, bin by bin in plain Python."""
+    scale, zero = (float(v) for v in grid.qparams(torch.tensor(lo), torch.tensor(hi)))
+    x, counts = h.centres.numpy(), h.counts.numpy()
+    inside = [k for k in range(len(x)) if lo <= x[k] <= hi]
+    real = {k: float(counts[k]) for k in inside}
+    real[inside[0]] += counts[x < lo].sum()
+    real[inside[-1]] += counts[x > hi].sum()
+    groups: dict[int, list[int]] = {}
+    for k in inside:
+        groups.setdefault(int(np.clip(np.round(x[k] / scale) + zero, grid.qmin, grid.qmax)), []).append(k)
+    rounded = dict.fromkeys(inside, 0.0)
+    for members in groups.values():
+        full = [k for k in members if counts[k] > 0]
+        for k in full:
+            rounded[k] = sum(counts[m] for m in members) / len(full)
+    p = {k: v / sum(real.values()) for k, v in real.items()}
+    q = {k: v / sum(rounded.values()) for k, v in rounded.items()}
+    q = {k: 1e-4 if p[k] > 0 and q[k] == 0 else q[k] for k in q}
+    return sum(p[k] * np.log(p[k] / (q[k] / sum(q.values()))) for k in p if p[k] > 0)
+
+
+@pytest.mark.parametrize("ends", [(-3.0, 3.0), (-2.0, 2.5), (-1.0, 1.0)])
+def test_the_divergence_is_that_of_plain_python(ends: tuple[float, float]) -> None:
+    h = histogram(np.random.default_rng(0).normal(size=20_000))
+    assert divergence(h, *ends, INT4) == pytest.approx(divergence_by_hand(h, *ends, INT4), rel=1e-9)
+
+
+def test_values_that_lie_on_the_grid_diverge_by_nothing() -> None:
+    h = histogram(np.repeat(np.arange(-8, 8) * 0.5, 10))
+    assert divergence(h, *min_max(h), INT4) == pytest.approx(0, abs=1e-12)
+
+
+def test_entropy_takes_the_least_divergence_and_clips_far_outliers() -> None:
+    h = histogram(data("outliers"))
+    found = choose(h, INT8, ("entropy",))
+    assert found.hi < h.largest / 2
+    assert divergence(h, found.lo, found.hi, INT8) <= divergence(h, *min_max(h), INT8)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_power_of_two_scales_cover_the_range_and_are_the_smallest_that_do(symmetric: bool) -> None:
+    lo, hi = torch.tensor([-1.0, -0.3, 0.0, -4.0]), torch.tensor([1.0, 5.0, 0.7, 4.0 * 127 / 128])
+    plain, shifted = Grid(-128, 127, symmetric), Grid(-128, 127, symmetric, power_of_two=True)
+    scale, zero = shifted.qparams(lo, hi)
+    mantissa, _ = np.frexp(scale.numpy())
+    assert (mantissa == 0.5).all()
+    least = plain.qparams(lo, hi)[0]
+    assert ((scale >= least * (1 - 1e-6)) & (scale < 2 * least * (1 + 1e-6))).all()
+    for end in (lo, hi):
+        assert ((shifted.fake(end, scale, zero) - end).abs() <= scale / 2 * (1 + 1e-6)).all()
 
 
 def test_a_tie_goes_to_the_simplest() -> None:

@@ -11,7 +11,7 @@ from lighten.types import Device, Job, Precision
 
 REQUIRES = ("torch", "torchao")
 EXTRA = "compress"
-RANGES = ("auto", "min-max", "percentile", "mse")
+RANGES = ("auto", "min-max", "percentile", "mse", "moving-average", "entropy")
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,14 @@ class ActivationObserver(ObserverBase):
         quant_min: int,
         quant_max: int,
         methods: tuple[str, ...] = METHODS,
+        power_of_two: bool = False,
         is_dynamic: bool = False,
     ) -> None:
         super().__init__(dtype, is_dynamic)
         self.qscheme, self.quant_min, self.quant_max, self.methods = qscheme, quant_min, quant_max, methods
+        self.grid = Grid(quant_min, quant_max, qscheme == torch.per_tensor_symmetric, power_of_two)
         self.histogram = Histogram()
         self._chosen: Range | None = None
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.quant_min, self.quant_max, self.qscheme == torch.per_tensor_symmetric)
 
     def forward(self, x: Tensor) -> Tensor:
         self.histogram.add(x)
@@ -48,8 +46,8 @@ class ActivationObserver(ObserverBase):
         return self.grid.qparams(torch.tensor([got.lo]), torch.tensor([got.hi]))
 
 
-class PerChannelWeightObserver(ObserverBase):
-    """Keeps the weight it sees; one scale per output channel. (torchao hands `ch_axis` to classes of this name.)"""
+class WeightObserver(ObserverBase):
+    """Keeps the weight it sees; one scale for all of it, or with `ch_axis` one for each output channel."""
 
     def __init__(
         self,
@@ -57,28 +55,22 @@ class PerChannelWeightObserver(ObserverBase):
         qscheme: torch.qscheme,
         quant_min: int,
         quant_max: int,
-        ch_axis: int,
+        ch_axis: int | None = None,
         methods: tuple[str, ...] = METHODS,
+        power_of_two: bool = False,
         is_dynamic: bool = False,
     ) -> None:
         super().__init__(dtype, is_dynamic)
-        self.qscheme, self.quant_min, self.quant_max, self.ch_axis, self.methods = (
-            qscheme,
-            quant_min,
-            quant_max,
-            ch_axis,
-            methods,
-        )
+        self.qscheme, self.quant_min, self.quant_max = qscheme, quant_min, quant_max
+        self.ch_axis, self.methods = ch_axis, methods
+        self.grid = Grid(quant_min, quant_max, symmetric=True, power_of_two=power_of_two)
         self.weight: Tensor | None = None
         self.least: Tensor | None = None
         self._qparams: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.quant_min, self.quant_max, symmetric=True)
-
     def keep_above(self, least: Tensor) -> None:
         """Let no channel's scale fall under `least` (one value a channel)."""
+        least = least.max().reshape(1) if self.ch_axis is None else least
         self.least = least if self.least is None else torch.maximum(self.least, least)
         self._qparams = None
 
@@ -92,5 +84,17 @@ class PerChannelWeightObserver(ObserverBase):
             raise ValueError("saw no weight")
         if self._qparams is None:
             scale, zero = weight_scales(self.weight, self.ch_axis, self.grid, self.methods)
-            self._qparams = (scale if self.least is None else torch.maximum(scale, self.least)), zero
+            self._qparams = (self._wide_enough(scale), zero)
         return self._qparams
+
+    def _wide_enough(self, scale: Tensor) -> Tensor:
+        if self.least is None:
+            return scale
+        least = (
+            torch.exp2(torch.ceil(torch.log2(self.least.clamp(min=1e-30)))) if self.grid.power_of_two else self.least
+        )
+        return torch.maximum(scale, least)
+
+
+class PerChannelWeightObserver(WeightObserver):
+    """The same by another name: torchao hands `ch_axis` only to classes that are called PerChannel."""

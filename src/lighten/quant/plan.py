@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from lighten.errors import BadData, BadModel
 from lighten.kit.quiet import quiet
 from lighten.kit.trace import trace
-from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver
+from lighten.quant.observers import ActivationObserver, WeightObserver
 from lighten.quant.quantizer import PolicyQuantizer
 from lighten.quant.ranges import METHODS, signal_to_noise
 from lighten.types import Device, Precision
@@ -47,7 +47,7 @@ def quantize(
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         prepared = prepare_pt2e(trace(model, shape).module(), quantizer)
-    if not any(isinstance(m, PerChannelWeightObserver) for m in prepared.modules()):
+    if not any(isinstance(m, WeightObserver) for m in prepared.modules()):
         raise BadModel(
             "The model holds no layer that can be quantized (convolution or linear).",
             "Choose a float precision.",
@@ -93,7 +93,7 @@ def _leave_room_for_biases(prepared: GraphModule, quantizer: PolicyQuantizer) ->
         if _layer_of(node, quantizer) is None or len(node.args) < 3 or node.args[2] is None:
             continue
         source, weight = _module(prepared, node.args[0]), _module(prepared, node.args[1])
-        if isinstance(source, ActivationObserver) and isinstance(weight, PerChannelWeightObserver):
+        if isinstance(source, ActivationObserver) and isinstance(weight, WeightObserver):
             bias = _constant(prepared, node.args[2])
             scale, _ = source.calculate_qparams()
             weight.keep_above((bias.detach().abs().double() / 2**30 / scale.double()).float())
@@ -115,7 +115,7 @@ def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dic
         weight = _module(prepared, node.args[1])
         source = _module(prepared, node.args[0])
         row: dict[str, Any] = {"layer": name, "op": str(node.target).split(".")[1]}
-        if isinstance(weight, PerChannelWeightObserver) and weight.weight is not None:
+        if isinstance(weight, WeightObserver) and weight.weight is not None:
             row |= _weight_row(weight)
         else:
             row |= {"weights": "float32", "reason": quantizer.left_float.get(name, "not quantized")}
@@ -124,11 +124,11 @@ def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dic
         yield row
 
 
-def _weight_row(observer: PerChannelWeightObserver) -> dict[str, Any]:
+def _weight_row(observer: WeightObserver) -> dict[str, Any]:
     assert observer.weight is not None
     weight = observer.weight.detach()
     scale, zero = observer.calculate_qparams()
-    view = [-1 if d == observer.ch_axis else 1 for d in range(weight.ndim)]
+    view = [-1 if d == (observer.ch_axis or 0) else 1 for d in range(weight.ndim)]
     rounded = observer.grid.fake(weight, scale.view(view), zero.view(view))
     bits = math.ceil(math.log2(observer.quant_max - observer.quant_min + 1))
     return {

@@ -14,7 +14,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from lighten.quant import policy
-from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver
+from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver, WeightObserver
 from lighten.quant.ranges import METHODS
 from lighten.types import Device, Precision
 
@@ -23,7 +23,7 @@ BITS = {"int8": 8, "int4": 4}
 
 
 class PolicyQuantizer(Quantizer):
-    """Weights per channel symmetric, activations per tensor; `left_float` names layers kept out, with the reason."""
+    """Weights symmetric, activations per tensor, as fine as the device has kernels for; `left_float` names layers kept out, with the reason."""
 
     def __init__(self, precision: Precision, device: Device, methods: tuple[str, ...] = METHODS) -> None:
         self.precision, self.device, self.methods = precision, device, methods
@@ -94,19 +94,25 @@ class PolicyQuantizer(Quantizer):
             quant_min=-(2 ** (bits - 1)),
             quant_max=2 ** (bits - 1) - 1,
             qscheme=torch.per_tensor_symmetric if self.device.symmetric_activations else torch.per_tensor_affine,
-            observer_or_fake_quant_ctr=ActivationObserver.with_args(methods=self.methods),
+            observer_or_fake_quant_ctr=ActivationObserver.with_args(
+                methods=self.methods, power_of_two=self.device.power_of_two_scales
+            ),
         )
 
     def _weight(self, bits: int, axis: int) -> QuantizationSpec:
         # Without VNNI, x86 adds two u8*s8 products in 16 bits; 7-bit weights keep that sum from saturating.
         reach = 63 if self.device.reduce_range and bits == 8 else 2 ** (bits - 1) - 1
+        per_channel = self.device.per_channel_weights
+        observer = PerChannelWeightObserver if per_channel else WeightObserver
         return QuantizationSpec(
             dtype=torch.int8,
             quant_min=-reach,
             quant_max=reach,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=axis,
-            observer_or_fake_quant_ctr=PerChannelWeightObserver.with_args(methods=self.methods),
+            qscheme=torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
+            ch_axis=axis if per_channel else None,
+            observer_or_fake_quant_ctr=observer.with_args(
+                methods=self.methods, power_of_two=self.device.power_of_two_scales
+            ),
         )
 
 

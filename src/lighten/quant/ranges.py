@@ -10,8 +10,12 @@ from torch import Tensor
 
 BINS = 2048
 METHODS = ("min-max", "percentile", "mse")
+"""The methods that compete by their squared error; the others are for those who ask for one of them."""
+ALL_METHODS = (*METHODS, "moving-average", "entropy")
 PERCENTILES = (99.999, 99.99, 99.9)
 SMALLEST_SCALE = 1e-10
+AVERAGE_KEEPS = 0.9
+UNSEEN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -21,22 +25,28 @@ class Grid:
     qmin: int
     qmax: int
     symmetric: bool = False
+    power_of_two: bool = False
 
     def qparams(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int64) that cover [lo, hi] and represent 0 exactly.
 
         Jacob et al., 2018, "Quantization and Training of Neural Networks", section 2: x = scale * (q - zero_point).
-        The range is widened to hold 0. Works elementwise for per-channel bounds.
+        The range is widened to hold 0. Works elementwise for per-channel bounds. With `power_of_two` the scale is the
+        next power of two that covers the range: kernels that only shift cannot multiply by anything else.
         """
         lo, hi = lo.double().clamp(max=0), hi.double().clamp(min=0)
         if self.symmetric:
             reach = torch.maximum(-lo, hi)
             middle = (self.qmin + self.qmax + 1) // 2
-            scale = (reach / min(self.qmax - middle, middle - self.qmin)).clamp(min=SMALLEST_SCALE)
+            scale = self._allowed(reach / min(self.qmax - middle, middle - self.qmin))
             return scale.float(), torch.full_like(scale, middle, dtype=torch.int64)
-        scale = ((hi - lo) / (self.qmax - self.qmin)).clamp(min=SMALLEST_SCALE)
+        scale = self._allowed((hi - lo) / (self.qmax - self.qmin))
         zero = (self.qmin - torch.round(lo / scale)).clamp(self.qmin, self.qmax)
         return scale.float(), zero.to(torch.int64)
+
+    def _allowed(self, scale: Tensor) -> Tensor:
+        scale = scale.clamp(min=SMALLEST_SCALE)
+        return torch.exp2(torch.ceil(torch.log2(scale) - 1e-9)) if self.power_of_two else scale
 
     def fake(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """`x` rounded to the grid and back. Ties go to even, as in ONNX's QuantizeLinear."""
@@ -65,6 +75,7 @@ class Histogram:
         self.counts = torch.zeros(bins, dtype=torch.float64)
         self.lo = self.hi = 0.0
         self.smallest, self.largest = float("inf"), float("-inf")
+        self.average_lo = self.average_hi = 0.0
         self.seen = 0
 
     def add(self, x: Tensor) -> None:
@@ -76,6 +87,9 @@ class Histogram:
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # NaN compares false as well
             raise ValueError("holds NaN or infinity")
         self.smallest, self.largest = min(self.smallest, low), max(self.largest, high)
+        keep = AVERAGE_KEEPS if self.seen else 0.0
+        self.average_lo = keep * self.average_lo + (1 - keep) * low
+        self.average_hi = keep * self.average_hi + (1 - keep) * high
         if self.seen == 0:
             width = max(high - low, abs(high), abs(low), 1e-8) if high == low else high - low
             self.lo, self.hi = low, low + width
@@ -109,6 +123,48 @@ class Histogram:
 def min_max(h: Histogram) -> tuple[float, float]:
     """All that was seen."""
     return h.smallest, h.largest
+
+
+def moving_average(h: Histogram) -> tuple[float, float]:
+    """Ends of each batch, averaged exponentially (Jacob et al., 2018, section 3.1): one odd batch moves them little."""
+    return h.average_lo, h.average_hi
+
+
+def entropy(h: Histogram, grid: Grid, steps: int = 80) -> tuple[float, float]:
+    """The interval whose rounded values have the distribution nearest to the real one, by Kullback-Leibler divergence.
+
+    Migacz, 2017, "8-bit Inference with TensorRT": what is clipped is counted at the edge in the reference, and each
+    rounded value's mass is spread over the bins it came from that were not empty. Both ends shrink together.
+    """
+    lo, hi = torch.tensor(min_max(h), dtype=torch.float64)
+    candidates = [(float(lo * f), float(hi * f)) for f in torch.linspace(1.0, 0.2, steps, dtype=torch.float64)]
+    return min(candidates, key=lambda ends: divergence(h, ends[0], ends[1], grid))
+
+
+def divergence(h: Histogram, lo: float, hi: float, grid: Grid) -> float:
+    """KL(real || rounded) in nats of the values clipped to [lo, hi].
+
+    An edge bin that held nothing but takes the clipped mass would make it infinite: it counts as UNSEEN of the whole.
+    """
+    x = h.centres
+    inside = (x >= lo) & (x <= hi)
+    if not bool(inside.any()):
+        return float("inf")
+    kept = h.counts[inside]
+    reference = kept.clone()
+    reference[0] += h.counts[x < lo].sum()
+    reference[-1] += h.counts[x > hi].sum()
+    scale, zero = grid.qparams(torch.tensor(lo), torch.tensor(hi))
+    level = (torch.round(x[inside] / scale.double()) + zero).clamp(grid.qmin, grid.qmax).long() - grid.qmin
+    levels = grid.qmax - grid.qmin + 1
+    used = (kept > 0).double()
+    mass, bins = torch.bincount(level, kept, levels), torch.bincount(level, used, levels)
+    spread = torch.where(used > 0, mass[level] / bins[level].clamp(min=1), 0.0)
+    p, q = reference / reference.sum(), spread / spread.sum().clamp(min=1e-300)
+    real = p > 0
+    q = torch.where(real & (q == 0), UNSEEN, q)
+    q = q / q.sum()
+    return float((p[real] * torch.log(p[real] / q[real])).sum())
 
 
 def percentile(h: Histogram, percent: float) -> tuple[float, float]:
@@ -162,8 +218,12 @@ def choose(h: Histogram, grid: Grid, methods: Iterable[str] = METHODS) -> Range:
             candidates += [(f"percentile {p}", *percentile(h, p)) for p in PERCENTILES]
         elif method == "mse":
             candidates.append((method, *least_squares(h, grid)))
+        elif method == "moving-average":
+            candidates.append((method, *moving_average(h)))
+        elif method == "entropy":
+            candidates.append((method, *entropy(h, grid)))
         else:
-            raise ValueError(f"unknown range method {method!r}; known: {', '.join(METHODS)}")
+            raise ValueError(f"unknown range method {method!r}; known: {', '.join(ALL_METHODS)}")
     lo, hi = (torch.tensor([c[k] for c in candidates], dtype=torch.float64) for k in (1, 2))
     loss = errors(h, lo, hi, grid)
     best = int(loss.argmin())
