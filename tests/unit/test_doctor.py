@@ -389,3 +389,9 @@ def test_accuracy_no_better_than_guessing() -> None:
     assert suspect_normalization(13.1, 10, 400) is None
     assert suspect_normalization(0.0, 10, 400) is not None
     assert suspect_normalization(0.0, 10, 49) is None
+
+
+def test_near_copies_never_stop_a_run_for_a_fixed_camera_sees_the_same_all_day() -> None:
+    found = only(examine(copied("select", "report", 60, np.fliplr), HOW))  # 60 of 150
+    assert (found.level, found.code) == ("warning", "leak")
+    assert int(found.what.split()[0]) > 40
