@@ -90,7 +90,7 @@ def _leave_room_for_biases(prepared: GraphModule, quantizer: PolicyQuantizer) ->
     bias at exactly that product (Jacob et al., 2018, eq. 11), whatever else is written beside it.
     """
     for node in prepared.graph.nodes:
-        if _layer_of(node, quantizer) is None or len(node.args) < 3 or node.args[2] is None:
+        if node.name not in quantizer.layers or len(node.args) < 3 or node.args[2] is None:
             continue
         source, weight = _module(prepared, node.args[0]), _module(prepared, node.args[1])
         if isinstance(source, ActivationObserver) and isinstance(weight, WeightObserver):
@@ -110,7 +110,7 @@ def _constant(graph: GraphModule, node: Any) -> Tensor:
 def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dict[str, Any]]:
     """One row a layer: shape, bits, the input's range and how it was chosen, signal over noise of weight and input."""
     for node in prepared.graph.nodes:
-        if not (name := _layer_of(node, quantizer)):
+        if not (name := quantizer.layers.get(node.name)):
             continue
         weight = _module(prepared, node.args[1])
         source = _module(prepared, node.args[0])
@@ -150,10 +150,6 @@ def _activation_row(observer: ActivationObserver) -> dict[str, Any]:
         "input_zero_point": int(zero),
         "input_sqnr_db": round(10 * math.log10(max(observer.histogram.power, 1e-30) / noise), 2),
     }
-
-
-def _layer_of(node: Any, quantizer: PolicyQuantizer) -> str | None:
-    return {n.name: name for n, name in quantizer.layers.items()}.get(node.name)
 
 
 def _module(graph: GraphModule, node: Any) -> Any:

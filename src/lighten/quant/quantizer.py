@@ -29,7 +29,7 @@ class PolicyQuantizer(Quantizer):
         self.precision, self.device, self.methods = precision, device, methods
         self.exceptions = {name: (w, a) for name, w, a in precision.exceptions}
         self.left_float: dict[str, str] = {}
-        self.layers: dict[Node, str] = {}
+        self.layers: dict[str, str] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
@@ -52,7 +52,7 @@ class PolicyQuantizer(Quantizer):
     def _compute(self, node: Node, axis: int) -> None:
         x, weight = node.args[0], node.args[1]
         name = layer_name(node)
-        self.layers[node] = name
+        self.layers[node.name] = name
         weights, activations = self.exceptions.get(name, (self.precision.weights, self.precision.activations))
         if weights not in BITS:
             self.left_float[name] = "the precision keeps it in float"
