@@ -5,13 +5,65 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from lighten.quant.ranges import METHODS, Grid, Histogram, Range, choose, weight_scales
 
 
-class ActivationObserver(ObserverBase):
+class Watcher(ObserverBase):
+    """What both kinds share: `stand_in` takes over what passes (rounding, learning); `pin` ends the choosing."""
+
+    grid: Grid
+
+    def __init__(self, dtype: torch.dtype, is_dynamic: bool) -> None:
+        super().__init__(dtype, is_dynamic)
+        self.stand_in: nn.Module | None = None
+        self.pinned: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.watch(x) if self.stand_in is None else self.stand_in(x)
+
+    def watch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decide(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def pin(self, scale: Tensor, zero: Tensor) -> None:
+        """From now on these are the scale and zero point, whatever was seen."""
+        self.pinned = scale.detach().float(), zero.detach().to(torch.int64)
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int64), one value or one a channel."""
+        return self.decide() if self.pinned is None else self.pinned
+
+    def rounding(self) -> Round:
+        """The module that rounds as the runtime will."""
+        scale, zero = self.calculate_qparams()
+        return Round(scale, zero, self.grid, getattr(self, "ch_axis", None))
+
+
+class Round(nn.Module):
+    """Quantize and dequantize; the gradient passes where the value is inside the range (straight through)."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, scale: Tensor, zero: Tensor, grid: Grid, axis: int | None) -> None:
+        super().__init__()
+        self.grid, self.axis = grid, axis
+        self.register_buffer("scale", scale.reshape(-1) if axis is not None else scale.reshape(()))
+        self.register_buffer("zero", zero.to(torch.int32).reshape(self.scale.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = self.grid.qmin, self.grid.qmax
+        if self.axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, *ends)
+        return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero, self.axis, *ends)
+
+
+class ActivationObserver(Watcher):
     """Histogram of one activation tensor; the range is chosen when it is asked for."""
 
     def __init__(
@@ -30,7 +82,7 @@ class ActivationObserver(ObserverBase):
         self.histogram = Histogram()
         self._chosen: Range | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def watch(self, x: Tensor) -> Tensor:
         self.histogram.add(x)
         self._chosen = None
         return x
@@ -41,12 +93,12 @@ class ActivationObserver(ObserverBase):
             self._chosen = choose(self.histogram, self.grid, self.methods)
         return self._chosen
 
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+    def decide(self) -> tuple[Tensor, Tensor]:
         got = self.chosen()
         return self.grid.qparams(torch.tensor([got.lo]), torch.tensor([got.hi]))
 
 
-class WeightObserver(ObserverBase):
+class WeightObserver(Watcher):
     """Keeps the weight it sees; one scale for all of it, or with `ch_axis` one for each output channel."""
 
     def __init__(
@@ -74,12 +126,12 @@ class WeightObserver(ObserverBase):
         self.least = least if self.least is None else torch.maximum(self.least, least)
         self._qparams = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def watch(self, x: Tensor) -> Tensor:
         if self.weight is not x:
             self.weight, self._qparams = x, None
         return x
 
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+    def decide(self) -> tuple[Tensor, Tensor]:
         if self.weight is None:
             raise ValueError("saw no weight")
         if self._qparams is None:

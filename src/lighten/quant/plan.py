@@ -13,11 +13,28 @@ from torch.fx import GraphModule
 
 from lighten.errors import BadData, BadModel
 from lighten.kit.quiet import quiet
-from lighten.kit.trace import trace
+from lighten.quant import graph as graphs
+from lighten.quant.graph import Layer
 from lighten.quant.observers import ActivationObserver, WeightObserver
 from lighten.quant.quantizer import PolicyQuantizer
 from lighten.quant.ranges import METHODS, signal_to_noise
 from lighten.types import Device, Precision
+
+Told = Callable[[int], None]
+"""Called with the number of images that have passed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A folded graph with an observer on everything that will be quantized, and what the quantizer decided."""
+
+    graph: GraphModule
+    quantizer: PolicyQuantizer
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer with weights, quantized or not, in the order they run."""
+        return graphs.layers(self.graph)
 
 
 @dataclass(frozen=True)
@@ -35,18 +52,28 @@ def quantize(
     precision: Precision,
     device: Device,
     methods: tuple[str, ...] = METHODS,
-    step: Callable[[int], None] = lambda done: None,
+    step: Told = lambda done: None,
 ) -> Quantized:
     """Fold batch norms, watch the calibration `batches` pass, choose every range, convert.
 
     `shape` is (C, H, W); `model` is not changed. `step` is told how many images have passed. Raises BadData on NaN
     or no images, BadModel where the graph cannot be captured or holds nothing to quantize.
     """
+    plan = prepare(graphs.fold(model, shape), precision, device, methods)
+    calibrate(plan, batches, step)
+    return convert(plan)
+
+
+def prepare(graph: GraphModule, precision: Precision, device: Device, methods: tuple[str, ...] = METHODS) -> Plan:
+    """Put an observer on every tensor of a folded `graph` (which is used up) that the precision quantizes.
+
+    Raises BadModel where there is nothing to quantize, or the precision names a layer that is not there.
+    """
     quantizer = PolicyQuantizer(precision, device, methods)
     with quiet():
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-        prepared = prepare_pt2e(trace(model, shape).module(), quantizer)
+        prepared = prepare_pt2e(graph, quantizer)
     if not any(isinstance(m, WeightObserver) for m in prepared.modules()):
         raise BadModel(
             "The model holds no layer that can be quantized (convolution or linear).",
@@ -57,14 +84,21 @@ def quantize(
             f"The precision names layers that are not there: {', '.join(strangers[:3])}.",
             f"Layers: {', '.join(sorted(set(quantizer.layers.values()))[:40])}",
         )
-    _calibrate(prepared, batches, step)
-    _leave_room_for_biases(prepared, quantizer)
-    layers = tuple(_describe(prepared, quantizer))
+    return Plan(prepared, quantizer)
+
+
+def convert(plan: Plan) -> Quantized:
+    """Replace the observers by Q/DQ with the scales they decided (or were pinned to), and the weights by integers."""
     with quiet():
-        return Quantized(convert_pt2e(prepared, use_reference_representation=False, fold_quantize=True), layers)
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        layers = tuple(_describe(plan))
+        done = convert_pt2e(plan.graph, use_reference_representation=False, fold_quantize=True)
+    return Quantized(done, layers)
 
 
-def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[[int], None]) -> None:
+def calibrate(plan: Plan, batches: Iterable[Tensor], step: Told = lambda done: None) -> None:
+    """Let the calibration images pass. Raises BadData on NaN or no images, BadModel where an activation overflows."""
     done = 0
     with torch.no_grad():
         for x in batches:
@@ -74,51 +108,42 @@ def _calibrate(prepared: GraphModule, batches: Iterable[Tensor], step: Callable[
                     "Check the preprocessing.",
                 )
             try:
-                prepared(x)
+                plan.graph(x)
             except ValueError as e:
                 raise BadModel(f"An activation {e} on the calibration images.", "Check the weights.") from e
             done += len(x)
             step(done)
     if not done:
         raise BadData("There are no calibration images.", "Give at least a few dozen.")
+    _leave_room_for_biases(plan)
 
 
-def _leave_room_for_biases(prepared: GraphModule, quantizer: PolicyQuantizer) -> None:
+def _leave_room_for_biases(plan: Plan) -> None:
     """Widen the scale of weights that are all but zero, so that the bias fits 32 bits at input scale x weight scale.
 
     Pruned filters, and those whose batch norm went to zero, would get the smallest scale there is. Runtimes fuse the
     bias at exactly that product (Jacob et al., 2018, eq. 11), whatever else is written beside it.
     """
-    for node in prepared.graph.nodes:
-        if node.name not in quantizer.layers or len(node.args) < 3 or node.args[2] is None:
-            continue
-        source, weight = _module(prepared, node.args[0]), _module(prepared, node.args[1])
-        if isinstance(source, ActivationObserver) and isinstance(weight, WeightObserver):
-            bias = _constant(prepared, node.args[2])
+    for layer in plan.layers:
+        source, weight = graphs.input_observer(plan.graph, layer), graphs.weight_observer(plan.graph, layer)
+        if layer.bias and source is not None and weight is not None:
+            bias = graphs.parameter(plan.graph, layer.bias)
             scale, _ = source.calculate_qparams()
             weight.keep_above((bias.detach().abs().double() / 2**30 / scale.double()).float())
 
 
-def _constant(graph: GraphModule, node: Any) -> Tensor:
-    """The tensor of a get_attr node."""
-    value: Any = graph
-    for part in node.target.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _describe(prepared: GraphModule, quantizer: PolicyQuantizer) -> Iterable[dict[str, Any]]:
+def _describe(plan: Plan) -> Iterable[dict[str, Any]]:
     """One row a layer: shape, bits, the input's range and how it was chosen, signal over noise of weight and input."""
-    for node in prepared.graph.nodes:
-        if not (name := quantizer.layers.get(node.name)):
+    for node in plan.graph.graph.nodes:
+        if not (name := plan.quantizer.layers.get(node.name)):
             continue
-        weight = _module(prepared, node.args[1])
-        source = _module(prepared, node.args[0])
+        weight = graphs.observer(plan.graph, node.args[1])
+        source = graphs.observer(plan.graph, node.args[0])
         row: dict[str, Any] = {"layer": name, "op": str(node.target).split(".")[1]}
         if isinstance(weight, WeightObserver) and weight.weight is not None:
             row |= _weight_row(weight)
         else:
-            row |= {"weights": "float32", "reason": quantizer.left_float.get(name, "not quantized")}
+            row |= {"weights": "float32", "reason": plan.quantizer.left_float.get(name, "not quantized")}
         if isinstance(source, ActivationObserver):
             row |= _activation_row(source)
         yield row
@@ -150,7 +175,3 @@ def _activation_row(observer: ActivationObserver) -> dict[str, Any]:
         "input_zero_point": int(zero),
         "input_sqnr_db": round(10 * math.log10(max(observer.histogram.power, 1e-30) / noise), 2),
     }
-
-
-def _module(graph: GraphModule, node: Any) -> Any:
-    return graph.get_submodule(node.target) if getattr(node, "op", None) == "call_module" else None

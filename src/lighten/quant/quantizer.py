@@ -14,6 +14,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from lighten.quant import policy
+from lighten.quant.graph import fused_after, layer_name
 from lighten.quant.observers import ActivationObserver, PerChannelWeightObserver, WeightObserver
 from lighten.quant.ranges import METHODS
 from lighten.types import Device, Precision
@@ -66,7 +67,7 @@ class PolicyQuantizer(Quantizer):
         inputs: dict[Node, Any] = {weight: self._weight(BITS[weights], axis)}
         if isinstance(x, Node) and activations in BITS:
             inputs[x] = self._activation(BITS[activations])
-        last = _fused_after(node)
+        last = fused_after(node)
         annotate(node, inputs, None if last is not node or _is_answer(node) else self._activation(8))
         if last is not node:
             annotate(last, {}, self._activation(8))
@@ -75,7 +76,7 @@ class PolicyQuantizer(Quantizer):
         inputs = [a for a in _tensor_inputs(node) if _is_float(a)]
         if not inputs:
             return
-        last = _fused_after(node) if policy.packet(node) in policy.ELEMENTWISE else node
+        last = fused_after(node) if policy.packet(node) in policy.ELEMENTWISE else node
         output = None if _is_answer(last) else self._activation(8)
         annotate(node, {a: self._activation(8) for a in inputs}, output if last is node else None)
         if last is not node:
@@ -119,18 +120,6 @@ class PolicyQuantizer(Quantizer):
 def annotate(node: Node, inputs: dict[Node, Any], output: Any) -> None:
     """Write torchao's annotation on a node."""
     node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
-
-
-def layer_name(node: Node) -> str:
-    """The module the node came from ("layer1.0.conv1"), or the node's own name in a flat graph."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [str(v[0]) for v in stack.values()]
-    return path[-1] if path and path[-1] else node.name
-
-
-def _fused_after(node: Node) -> Node:
-    users = list(node.users)
-    return users[0] if len(users) == 1 and policy.packet(users[0]) in policy.FUSED else node
 
 
 def _is_answer(node: Node) -> bool:
