@@ -54,9 +54,23 @@ def fold(model: nn.Module, shape: tuple[int, ...]) -> GraphModule:
         graph = trace(model, shape).module(check_guards=False)
         _fuse_conv_bn_(graph)
         _fuse_linear_bn_(graph)
+    _write_apart(graph)
     for parameter in graph.parameters():  # a fold that shared memory with the model would change it
         parameter.data = parameter.data.clone()
     return graph
+
+
+def _write_apart(graph: GraphModule) -> None:
+    """In-place operators write to a tensor of their own, so that a kept value stays what it was."""
+    for node in list(graph.graph.nodes):
+        kind = policy.packet(node)
+        name = str(getattr(kind, "__name__", ""))
+        if not name.endswith("_") or name.startswith("_") or not hasattr(policy.aten, name[:-1]):
+            continue
+        node.target = getattr(getattr(policy.aten, name[:-1]), node.target._overloadname)
+        written = node.args[0]
+        written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+    graph.recompile()
 
 
 def layers(graph: GraphModule) -> tuple[Layer, ...]:

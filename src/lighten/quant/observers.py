@@ -93,6 +93,10 @@ class ActivationObserver(Watcher):
             self._chosen = choose(self.histogram, self.grid, self.methods)
         return self._chosen
 
+    def take(self, chosen: Range) -> None:
+        """Use this range, found elsewhere."""
+        self._chosen = chosen
+
     def decide(self) -> tuple[Tensor, Tensor]:
         got = self.chosen()
         return self.grid.qparams(torch.tensor([got.lo]), torch.tensor([got.hi]))
