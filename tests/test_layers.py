@@ -16,7 +16,7 @@ HOUSE = Path(__file__).parents[1] / "src" / "lighten"
 BASE = {"types", "errors", "plain"}
 """`plain` is the half of the nouns that turns them into JSON; it and types are the standard library only."""
 TOP = {"cli", "report", "serve", "terminal", "doctor", "frontdesk", "walk", "runner", "compress"}
-ROOMS = {"workshop", "search", "ledger", "bench", "bundle"}
+ROOMS = {"workshop", "search", "advice", "ledger", "bench", "bundle"}
 PLUGINS = {"methods", "formats", "tasks"}
 HELPERS = {"quant", "kit", "data", "machine", "config", "devices", "models"}
 
@@ -39,6 +39,7 @@ MAY = {
     "formats": {*BASE, "quant", "kit", "data", "machine", "plugins"},
     "tasks": {*BASE, "quant", "kit", "data", "machine", "plugins"},
     "search": {"types"},
+    "advice": {"types"},
     "ledger": {*BASE, "data"},
     "bench": {*BASE, "data", "machine", "plugins"},
     "bundle": {*BASE, "data", "bench"},

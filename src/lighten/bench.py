@@ -23,6 +23,8 @@ from lighten.plugins import get
 from lighten.types import Latency, Preprocess, from_json, to_json
 
 Run = Callable[[np.ndarray], np.ndarray]
+BATCH = 32
+"""Images that are run at once where no times are taken."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def measure(
     how: Preprocess | None,
     *,
     timing: Timing | None = Timing(),
-    batch: int = 32,
+    batch: int = BATCH,
     timeout_s: float = 3600,
 ) -> Readings:
     """Run the artifact at `path` over `pixels` (N, H, W, C) in a fresh process; no timing where `timing` is None.

@@ -25,6 +25,35 @@ app = typer.Typer(
 Lang = Annotated[str, typer.Option(help="Language of labels and reports: en or zh.")]
 Numbers = Annotated[str | None, typer.Option(help="Comma-separated, one per channel, e.g. 0.485,0.456,0.406.")]
 BundleArg = Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/bundle.")]
+Model = Annotated[str | None, typer.Argument(help="Weights (.safetensors or .pth), or demo.")]
+Config = Annotated[Path | None, typer.Option(help="YAML with any of these options (lighten init writes one).")]
+Arch = Annotated[str | None, typer.Option(help="torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.")]
+Classes = Annotated[int | None, typer.Option(help="Read off the weights if not given.")]
+Images = Annotated[str | None, typer.Option(help="Folder of class folders, or cifar10, fashion-mnist, demo.")]
+Target = Annotated[str | None, typer.Option(help="Target device [this-machine].")]
+MaxDrop = Annotated[float | None, typer.Option(help="Points of top-1 that may be lost.")]
+MinShrink = Annotated[float | None, typer.Option(help="Percent of the bytes that must go.")]
+MaxSize = Annotated[float | None, typer.Option("--max-size-mb")]
+InputSize = Annotated[str | None, typer.Option(help="224, or 224x320 (height x width).")]
+Resize = Annotated[
+    int | None, typer.Option(help="Shorter side before the centre crop; without it images are stretched.")
+]
+Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
+ChannelOrder = Annotated[str | None, typer.Option(help="RGB, BGR or GRAY.")]
+Formats = Annotated[str | None, typer.Option(help="Comma-separated; else those of the device.")]
+Ranges = Annotated[
+    str | None,
+    typer.Option(
+        help="One method for every range: min-max, percentile, mse, moving-average, entropy, reconstruction [auto]."
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder.")]
+Out = Annotated[Path | None, typer.Option(help="Where run folders are [runs].")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the splits and of all that is learned [0].")]
+Messages = Annotated[str | None, typer.Option("--lang", help="Report and messages: en or zh [en].")]
+Strict = Annotated[bool | None, typer.Option("--strict", help="Refuse data with unreadable images.")]
+Fresh = Annotated[bool | None, typer.Option("--fresh", help="Throw the earlier run of this name away.")]
+TrustCode = Annotated[bool | None, typer.Option("--trust-code", help="Allow FILE.py:CALLABLE architectures.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -100,23 +129,17 @@ def train(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Weights (.safetensors or .pth), or demo.")],
-    arch: Annotated[
-        str | None, typer.Option(help="torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.")
-    ] = None,
-    classes: Annotated[int | None, typer.Option(help="Read off the weights if not given.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder of class folders, or a built-in name: checked as well.")
-    ] = None,
+    arch: Arch = None,
+    classes: Classes = None,
+    data: Images = None,
     device: Annotated[str, typer.Option(help="Target device.")] = "this-machine",
-    input_size: Annotated[str | None, typer.Option(help="224, or 224x320 (height x width).")] = None,
-    resize: Annotated[
-        int | None, typer.Option(help="Shorter side before the centre crop; without it images are stretched.")
-    ] = None,
-    interpolation: Annotated[str | None, typer.Option()] = None,
+    input_size: InputSize = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
     mean: Numbers = None,
     std: Numbers = None,
-    channel_order: Annotated[str | None, typer.Option(help="RGB, BGR or GRAY.")] = None,
-    trust_code: Annotated[bool, typer.Option("--trust-code")] = False,
+    channel_order: ChannelOrder = None,
+    trust_code: TrustCode = None,
 ) -> None:
     """What a model is, what its data is like, and which formats can take it. Nothing is built."""
     from lighten.frontdesk import ModelIn, inspect_model
@@ -126,7 +149,7 @@ def inspect(
         model,
         arch,
         classes,
-        trust_code,
+        bool(trust_code),
         _preprocess(input_size, resize, interpolation, mean, std, channel_order),
     )
     with progress_bar() as bar:
@@ -144,19 +167,15 @@ def inspect(
 
 @app.command()
 def compress(
-    model: Annotated[str | None, typer.Argument(help="Weights (.safetensors or .pth), or demo.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML with any of these options (lighten init writes one).")
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option(help="torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.")
-    ] = None,
-    classes: Annotated[int | None, typer.Option(help="Read off the weights if not given.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of class folders, or cifar10, fashion-mnist, demo.")] = None,
-    device: Annotated[str | None, typer.Option(help="Target device [this-machine].")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may be lost.")] = None,
-    min_shrink: Annotated[float | None, typer.Option(help="Percent of the bytes that must go.")] = None,
-    max_size_mb: Annotated[float | None, typer.Option()] = None,
+    model: Model = None,
+    config: Config = None,
+    arch: Arch = None,
+    classes: Classes = None,
+    data: Images = None,
+    device: Target = None,
+    max_drop: MaxDrop = None,
+    min_shrink: MinShrink = None,
+    max_size_mb: MaxSize = None,
     min_speedup: Annotated[
         float | None, typer.Option(help="Times faster than the original's ONNX file, one thread.")
     ] = None,
@@ -165,32 +184,88 @@ def compress(
     ] = None,
     max_memory_mb: Annotated[float | None, typer.Option(help="Peak of the process that runs single images.")] = None,
     time: Annotated[str | None, typer.Option(help="Start no new trial after, e.g. 90s, 20m, 1h.")] = None,
-    input_size: Annotated[str | None, typer.Option(help="224, or 224x320 (height x width).")] = None,
-    resize: Annotated[
-        int | None, typer.Option(help="Shorter side before the centre crop; without it images are stretched.")
-    ] = None,
-    interpolation: Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")] = None,
+    input_size: InputSize = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
     mean: Numbers = None,
     std: Numbers = None,
-    channel_order: Annotated[str | None, typer.Option(help="RGB, BGR or GRAY.")] = None,
-    formats: Annotated[str | None, typer.Option(help="Comma-separated; else those of the device.")] = None,
-    precisions: Annotated[str | None, typer.Option(help="Comma-separated of float32, float16, int8; else all.")] = None,
-    ranges: Annotated[
+    channel_order: ChannelOrder = None,
+    formats: Formats = None,
+    precisions: Annotated[
         str | None,
-        typer.Option(help="One method for every range: min-max, percentile, mse, moving-average, entropy [auto]."),
+        typer.Option(
+            help="Comma-separated of float32, float16, int8, int4, int8-dynamic, int8-weights, int4-weights "
+            "[float32,float16,int8]."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where run folders are [runs].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the splits [0].")] = None,
-    lang: Annotated[str | None, typer.Option(help="Report and messages: en or zh [en].")] = None,
-    strict: Annotated[bool | None, typer.Option("--strict", help="Refuse data with unreadable images.")] = None,
-    fresh: Annotated[bool | None, typer.Option("--fresh", help="Throw the earlier run of this name away.")] = None,
-    trust_code: Annotated[
-        bool | None, typer.Option("--trust-code", help="Allow FILE.py:CALLABLE architectures.")
+    ranges: Ranges = None,
+    sensitivity: Annotated[
+        bool | None, typer.Option("--sensitivity", help="Also measure what each layer costs alone.")
     ] = None,
+    name: Name = None,
+    out: Out = None,
+    seed: Seed = None,
+    lang: Messages = None,
+    strict: Strict = None,
+    fresh: Fresh = None,
+    trust_code: TrustCode = None,
 ) -> None:
     """Find the best file inside a budget; exit code 0 PASS, 3 FAIL. Run it again to continue."""
     given = {k: v for k, v in locals().items() if k != "config" and v is not None}
+    _walk(given, config)
+
+
+@app.command()
+def quantize(
+    model: Model = None,
+    config: Config = None,
+    arch: Arch = None,
+    classes: Classes = None,
+    data: Images = None,
+    device: Target = None,
+    max_drop: MaxDrop = None,
+    min_shrink: MinShrink = None,
+    max_size_mb: MaxSize = None,
+    method: Annotated[str, typer.Option(help="ptq, qat, dynamic or weight-only.")] = "ptq",
+    bits: Annotated[
+        str | None, typer.Option(help="w8a8, w4a8, w4a4 or mixed; w8 or w4 where weights alone are [w8a8, w8].")
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="nearest, adaround, brecq or qdrop [learned where weights have 4 bits].")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of learned rounding, for each block.")] = None,
+    equalize: Annotated[bool | None, typer.Option("--equalize", help="Equalize channels across layers first.")] = None,
+    split: Annotated[float | None, typer.Option(help="Share of outlier channels to split in two, e.g. 0.02.")] = None,
+    bias: Annotated[str | None, typer.Option(help="Correct biases: analytic, empirical or reestimate.")] = None,
+    block: Annotated[int | None, typer.Option(help="weight-only: consecutive weights that share a scale.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="qat: passes over the training images.")] = None,
+    lr: Annotated[float | None, typer.Option(help="qat: learning rate.")] = None,
+    images: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
+    input_size: InputSize = None,
+    resize: Resize = None,
+    interpolation: Interpolation = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    channel_order: ChannelOrder = None,
+    formats: Formats = None,
+    ranges: Ranges = None,
+    sensitivity: Annotated[
+        bool | None, typer.Option("--sensitivity/--no-sensitivity", help="Measure what each layer costs alone [yes].")
+    ] = None,
+    name: Name = None,
+    out: Out = None,
+    seed: Seed = None,
+    lang: Messages = None,
+    strict: Strict = None,
+    fresh: Fresh = None,
+    trust_code: TrustCode = None,
+) -> None:
+    """Quantize one way, measure it, and say which layer is guilty; exit code 0 PASS, 3 FAIL (--max-drop)."""
+    given = {k: v for k, v in locals().items() if k != "config" and v is not None}
+    _walk(given, config)
+
+
+def _walk(given: dict[str, Any], config: Path | None) -> None:
     from lighten.frontdesk import compress_options, run_compress
     from lighten.terminal import print_result, progress_bar, say
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lighten.config import read_yaml
 from lighten.errors import BadConfig, LightenError, MissingBackend
-from lighten.types import Budget, Device, Precision, Preprocess, Progress, Result, silent
+from lighten.types import Asked, Budget, Device, Precision, Preprocess, Progress, Result, silent
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -29,7 +29,10 @@ class ModelIn:
 
 @dataclass(frozen=True)
 class Options:
-    """Every option of `lighten compress`, as a YAML file or the command line gives it."""
+    """Every option of `lighten compress` and `lighten quantize`, as a YAML file or the command line gives it.
+
+    With a `method` one way to quantize is tried (with the settings after it), without one the whole menu.
+    """
 
     model: str | None = None
     arch: str | None = None
@@ -52,6 +55,18 @@ class Options:
     formats: Any = None
     precisions: Any = None
     ranges: str = "auto"
+    sensitivity: bool | None = None
+    method: str | None = None
+    bits: str | None = None
+    rounding: str | None = None
+    iterations: int | None = None
+    equalize: bool | None = None
+    split: float | None = None
+    bias: str | None = None
+    block: int | None = None
+    epochs: float | None = None
+    lr: float | None = None
+    images: int | None = None
     name: str | None = None
     out: Any = "runs"
     seed: int = 0
@@ -100,6 +115,8 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
             formats=_words(options.formats),
             precisions=_words(options.precisions),
             ranges=options.ranges,
+            asked=asked(options),
+            sensitivity=options.method is not None if options.sensitivity is None else options.sensitivity,
             strict=options.strict,
             fresh=options.fresh,
             lang=options.lang,
@@ -126,6 +143,36 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
         progress=progress,
         log=log,
     )
+
+
+STEPS = {
+    "ptq": ("rounding", "iterations", "equalize", "split", "bias", "images"),
+    "qat": ("epochs", "lr", "equalize", "images"),
+    "dynamic": ("block",),
+    "weight-only": ("block",),
+}
+"""Which settings each method has."""
+
+
+def asked(options: Options) -> Asked | None:
+    """The one way to quantize that the options name. Raises BadConfig on a setting that the method does not have."""
+    every = dict.fromkeys(name for names in STEPS.values() for name in names)
+    given = {k: getattr(options, k) for k in every if getattr(options, k) is not None}
+    if options.method is None:
+        if given or options.bits:
+            raise BadConfig(
+                f"{next(iter([*given, 'bits']))} is given without a method.", "Add --method, or use lighten quantize."
+            )
+        return None
+    if strange := [k for k in given if k not in STEPS.get(options.method, every)]:
+        raise BadConfig(
+            f"method {options.method} has no setting {strange[0]}.",
+            f"It has {', '.join(STEPS[options.method])}.",
+        )
+    bits = options.bits or ("w8" if options.method in ("dynamic", "weight-only") else "w8a8")
+    if options.ranges != "auto":
+        given["ranges"] = options.ranges
+    return Asked(options.method, bits, tuple(sorted(given.items())))
 
 
 def model_name(options: Options) -> str:
@@ -350,7 +397,7 @@ def _inspect_data(data: str, how: Preprocess | None, progress: Progress) -> tupl
 
 
 EXAMPLE = """\
-# Settings of `lighten compress --config lighten.yaml`. Every key is also an option of the command line
+# Settings of `lighten compress` and `lighten quantize`, by --config lighten.yaml. Every key is also an option of the command line
 # (max_drop is --max-drop), which wins where both are given. Lines that start with # are off.
 
 model: model.safetensors          # weights: .safetensors, or a .pth of state_dict()
@@ -377,8 +424,23 @@ min_shrink: 70                    # percent of the bytes that must go
 # channel_order: RGB              # BGR, GRAY
 
 # formats: [onnx, openvino]       # else all that the device takes
-# precisions: [float32, float16, int8]
-# ranges: auto                    # min-max, percentile, mse, moving-average, entropy: one method for every tensor
+# precisions: [float32, float16, int8]   # also int4, int8-dynamic, int8-weights, int4-weights
+# ranges: auto                    # or one method for every tensor: min-max, percentile, mse, moving-average,
+                                  # entropy, reconstruction
+# sensitivity: false              # true: measure what each layer costs alone (which layer is guilty)
+
+# One way to quantize instead of the whole menu, as `lighten quantize` does.
+# method: ptq                     # qat, dynamic, weight-only
+# bits: w8a8                      # w4a8, w4a4, mixed; w8 or w4 where weights alone are quantized
+# rounding: brecq                 # nearest, adaround, qdrop
+# iterations: 300                 # steps of learned rounding, for each block
+# equalize: false                 # true: equalize channels across layers first
+# split: 0.02                     # share of outlier channels that are split in two
+# bias: none                      # analytic, empirical, reestimate
+# block: 32                       # weight-only: consecutive weights that share a scale
+# epochs: 1                       # qat: passes over the training images
+# lr: 0.0001                      # qat
+# images: 512                     # calibration images
 # name: my-run                    # the folder runs/my-run
 # seed: 0
 # lang: en                        # zh

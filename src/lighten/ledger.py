@@ -13,7 +13,7 @@ from typing import Any
 
 from lighten.data.cache import room_to_write
 from lighten.errors import BadBundle, RunLocked
-from lighten.types import Final, Trial, from_json, to_json
+from lighten.types import Final, LayerCost, Trial, from_json, to_json
 
 NAME = "ledger.jsonl"
 
@@ -26,6 +26,7 @@ class Ledger:
     fingerprint: str
     trials: tuple[Trial, ...] = ()
     final: tuple[str, Final] | None = None
+    costs: tuple[LayerCost, ...] = ()
 
     def append(self, kind: str, value: Any) -> Ledger:
         """The ledger with one more line, which is on disk when this returns."""
@@ -51,6 +52,7 @@ def open_ledger(folder: Path, fingerprint: str) -> Ledger:
 def read(path: Path, fingerprint: str | None = None) -> Ledger:
     """Every whole line of a ledger. Raises BadBundle naming a damaged line, or a fingerprint that differs."""
     trials: dict[str, Trial] = {}
+    costs: list[LayerCost] = []
     final, found = None, ""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -61,6 +63,8 @@ def read(path: Path, fingerprint: str | None = None) -> Ledger:
             elif kind == "trial":
                 trial = from_json(Trial, value)
                 trials[trial.id] = trial
+            elif kind == "cost":
+                costs.append(from_json(LayerCost, value))
             elif kind == "final":
                 final = (value["winner"], from_json(Final, value["final"]))
         except (ValueError, KeyError, TypeError) as e:
@@ -70,7 +74,7 @@ def read(path: Path, fingerprint: str | None = None) -> Ledger:
             f"{path.parent} holds a run of another model, data, budget or device.",
             "Give another --name, or --fresh to throw that run away.",
         )
-    return Ledger(path, found, tuple(trials.values()), final)
+    return Ledger(path, found, tuple(trials.values()), final, tuple(costs))
 
 
 def _mend(path: Path) -> None:

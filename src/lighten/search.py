@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lighten.types import (
     Advice,
+    Asked,
     Budget,
     Device,
     Evidence,
@@ -29,6 +30,48 @@ def menu(formats: Iterable[str], precisions: Iterable[Precision], quantize: Step
     """Every format at every precision, quantized ones by the step `quantize`."""
     rows = [(f, p) for p in precisions for f in formats]
     return tuple(Recipe((quantize,) if p.quantized else (), p, f) for f, p in rows)
+
+
+BITS = {
+    "w8a8": Precision("int8", "int8"),
+    "w4a8": Precision("int4", "int8"),
+    "w4a4": Precision("int4", "int4"),
+    "w8": Precision("int8", "float32"),
+    "w4": Precision("int4", "float32"),
+    "mixed": Precision("int4", "int8"),
+}
+WAYS = {
+    "ptq": ("w8a8", "w4a8", "w4a4", "mixed"),
+    "qat": ("w8a8", "w4a8", "w4a4"),
+    "dynamic": ("w8",),
+    "weight-only": ("w8", "w4"),
+}
+"""Each method of `lighten quantize` and the bits it can give; dynamic has 8-bit activations, chosen at run time."""
+
+
+def cannot(asked: Asked) -> str | None:
+    """Why a method cannot give the bits, or None."""
+    if asked.method not in WAYS:
+        return f"There is no method {asked.method!r}; choose one of {', '.join(WAYS)}."
+    if asked.bits not in WAYS[asked.method]:
+        return f"Method {asked.method} cannot give bits {asked.bits!r}; it gives {', '.join(WAYS[asked.method])}."
+    return None
+
+
+def uniform(asked: Asked, ends: Iterable[str]) -> Precision:
+    """The same bits for every layer; below 8, the first and the last layer (`ends`) keep 8."""
+    wanted = BITS[asked.bits]
+    activations = "dynamic" if asked.method == "dynamic" else wanted.activations
+    if wanted.weights != "int4":
+        return Precision(wanted.weights, activations)
+    spared = "int8" if activations in ("int8", "int4") else activations
+    return Precision(wanted.weights, activations, tuple(sorted((name, "int8", spared) for name in ends)))
+
+
+def asked_menu(formats: Iterable[str], asked: Asked, precisions: Iterable[Precision]) -> tuple[Recipe, ...]:
+    """Every format at every one of the `precisions`, by the method that was asked for."""
+    step = Step("qat" if asked.method == "qat" else "quantize", asked.settings)
+    return tuple(Recipe((step,), p, f) for p in precisions for f in formats)
 
 
 def next_recipe(recipes: Sequence[Recipe], done: Iterable[Trial]) -> Recipe | None:

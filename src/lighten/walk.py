@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lighten import bundle, devices, ledger, report, search, workshop
+from lighten import advice, bundle, devices, ledger, report, search, workshop
 from lighten.bench import Timing
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
@@ -24,15 +24,18 @@ from lighten.data.doctor import examine as examine_data
 from lighten.data.splits import FileImages
 from lighten.errors import BadConfig, BadModel
 from lighten.machine import environment, this_machine
+from lighten.methods.quantize import NAMED, precisions
 from lighten.methods.quantize import Step as QuantizeStep
-from lighten.methods.quantize import precisions
 from lighten.plugins import get, missing_backends
 from lighten.types import (
+    Asked,
     Budget,
     Data,
     Device,
     Final,
     Job,
+    LayerCost,
+    Precision,
     Preprocess,
     Progress,
     Recipe,
@@ -46,12 +49,19 @@ from lighten.types import (
 
 Log = Callable[[str], None]
 FLIPS_SHOWN = 24
+SCAN_IMAGES = 128
+SCRATCH = "scratch"
+MIXES = 4
 DOUBT_IMAGES = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a compression may be told beside model, data, budget and device."""
+    """What a compression may be told beside model, data, budget and device.
+
+    `asked` is the one method and bits of `lighten quantize`, instead of the whole menu. `sensitivity` measures what
+    each layer costs alone; a mix of precisions needs it and has it measured anyway.
+    """
 
     name: str | None = None
     out: Path = Path("runs")
@@ -62,15 +72,22 @@ class Settings:
     strict: bool = False
     fresh: bool = False
     lang: str = "en"
+    asked: Asked | None = None
+    sensitivity: bool = False
     timing: Timing = field(default_factory=Timing)
     model_name: str = ""
     command: str = ""
 
     def __post_init__(self) -> None:
         QuantizeStep(ranges=self.ranges)
+        if self.asked:
+            if reason := search.cannot(self.asked):
+                raise BadConfig(reason)
+            method = "qat" if self.asked.method == "qat" else "quantize"
+            get("methods", method).Step(**dict(self.asked.settings))
         for kind, given, known in (
             ("format", self.formats, None),
-            ("precision", self.precisions, ("float32", "float16", "int8")),
+            ("precision", self.precisions, tuple(NAMED)),
         ):
             for one in given:
                 if known is None:
@@ -98,7 +115,7 @@ def compress(
     """
     budget = budget or Budget()
     job, lines = front_desk(model, data, device, preprocess, settings, progress)
-    recipes(job.device, settings)  # refuses what cannot be tried before anything is
+    formats(job.device, settings)  # refuses what cannot be tried before anything is
     for line in lines:
         log(line)
     fingerprint = question(job, budget, settings)
@@ -108,11 +125,15 @@ def compress(
     with ledger.locked(folder):
         if settings.fresh:
             _clear(folder)
+        job = dataclasses.replace(job, scratch=str(folder / SCRATCH))
         book = ledger.open_ledger(folder, fingerprint)
         book, baseline, reference = weigh_in(book, job, folder, settings, log)
-        book = try_all(book, baseline, job, reference, folder, budget, settings, log)
-        result = judge(book, baseline, job, folder, budget, settings, log)
+        book, costs = scan(book, job, settings, log)
+        menu = recipes(job, settings, budget, baseline, costs)
+        book = try_all(book, menu, baseline, job, reference, folder, budget, settings, log)
+        result = judge(book, menu, baseline, job, folder, budget, settings, costs, log)
         report.write(result, folder, lang=settings.lang)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     return result
 
 
@@ -157,6 +178,7 @@ def question(job: Job, budget: Budget, settings: Settings) -> str:
     """What makes two runs the same: weights, data, preprocessing, device, budget, choices. Not the clock."""
     state = {k: v.detach().cpu().numpy() for k, v in job.original.state_dict().items()}
     choices = [settings.seed, settings.formats, settings.precisions, settings.ranges, to_json(settings.timing)]
+    choices += [to_json(settings.asked), settings.sensitivity] if settings.asked or settings.sensitivity else []
     device = to_json(job.device)
     device.pop("memory_mb")
     return digest(
@@ -249,8 +271,48 @@ def line_of(trial: Trial) -> str:
 # --- 3 to 6. menu, workshop, scales, ledger -----------------------------------------------------------
 
 
-def recipes(device: Device, settings: Settings) -> tuple[Recipe, ...]:
-    """What will be tried: the device's formats that are installed (or those asked for) at every precision.
+def scan(book: ledger.Ledger, job: Job, settings: Settings, log: Log) -> tuple[ledger.Ledger, tuple[LayerCost, ...]]:
+    """What each layer costs alone at each precision, on a few images; nothing where nobody asked for it.
+
+    Every finished row is in the ledger at once, so that an interrupted scan goes on.
+    """
+    if not (settings.sensitivity or (settings.asked and settings.asked.bits == "mixed")):
+        return book, ()
+    from lighten.quant import sensitivity
+
+    sample = job.data.calibrate.take(SCAN_IMAGES)
+    log(f"measuring what each layer costs alone, on {len(sample)} images")
+
+    def keep(row: LayerCost) -> None:
+        nonlocal book
+        book = book.append("cost", row)
+
+    costs = sensitivity.scan(
+        job.original,
+        workshop.input_shape(job),
+        [torch_inputs(x) for x in sample.batches(job.preprocess, 32)],
+        job.device,
+        labels=torch_inputs(sample.labels),
+        known=book.costs,
+        made=keep,
+        step=lambda done, total: job.progress("sensitivity of layers", done, total),
+        timed=_same_machine(job.device),
+    )
+    return book, costs
+
+
+def torch_inputs(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def _same_machine(device: Device) -> bool:
+    return not device.arch or device.arch == this_machine().arch
+
+
+def formats(device: Device, settings: Settings) -> tuple[str, ...]:
+    """The device's formats that are installed, or those asked for.
 
     Raises BadConfig for a format that the device does not take, MissingBackend where one that was asked for is not
     installed, or none is.
@@ -260,10 +322,49 @@ def recipes(device: Device, settings: Settings) -> tuple[Recipe, ...]:
     ready = tuple(f for f in device.formats if not missing_backends(get("formats", f)))
     for name in settings.formats or (() if ready else device.formats):
         get("formats", name, needs="REQUIRES")
-    wanted = [p for p in precisions(device) if not settings.precisions or p.weights in settings.precisions]
-    # The default step has no settings of its own, so that its recipe is the same one in every version.
-    chosen = () if settings.ranges == "auto" else (("ranges", settings.ranges),)
-    return search.menu(settings.formats or ready, wanted, Step("quantize", chosen))
+    return settings.formats or ready
+
+
+def recipes(
+    job: Job, settings: Settings, budget: Budget, baseline: Trial, costs: Sequence[LayerCost]
+) -> tuple[Recipe, ...]:
+    """What will be tried: every format at every precision, or the one way to quantize that was asked for.
+
+    Raises BadConfig where no mix of precisions can meet the budget.
+    """
+    names = formats(job.device, settings)
+    if settings.asked is None:
+        wanted = [NAMED[p] for p in settings.precisions] or precisions(job.device)
+        # The default step has no settings of its own, so that its recipe is the same one in every version.
+        chosen = () if settings.ranges == "auto" else (("ranges", settings.ranges),)
+        return search.menu(names, wanted, Step("quantize", chosen))
+    if settings.asked.bits == "mixed":
+        mixes = _mixes(costs, budget, baseline)
+        return search.asked_menu(names, settings.asked, mixes)
+    return search.asked_menu(names, settings.asked, [search.uniform(settings.asked, _ends(job, settings.asked))])
+
+
+def _ends(job: Job, asked: Asked) -> tuple[str, ...]:
+    """First and last layer, where the bits are few enough to spare them."""
+    if search.BITS[asked.bits].weights != "int4":
+        return ()
+    from lighten.quant.static import ends
+
+    return ends(job.original, workshop.input_shape(job))
+
+
+def _mixes(costs: Sequence[LayerCost], budget: Budget, baseline: Trial) -> list[Precision]:
+    """One mix for each limit on size or time, else some from the smallest to the most accurate: the files decide."""
+    from lighten.quant.allocate import allocate, frontier
+
+    assert baseline.evidence is not None
+    size = baseline.evidence.size
+    other = size.bytes - sum(row.bytes for row in costs if row.weights == "float32")
+    limits = [m * 1e6 for m in (budget.max_size_mb,) if m is not None]
+    limits += [size.bytes * (1 - s / 100) for s in (budget.min_shrink,) if s is not None]
+    if limits:
+        return [allocate(costs, max_bytes=min(limits), other_bytes=max(0, other)).precision]
+    return [mix.precision for mix in frontier(costs, MIXES)]
 
 
 def left_out(device: Device, settings: Settings) -> list[str]:
@@ -274,6 +375,7 @@ def left_out(device: Device, settings: Settings) -> list[str]:
 
 def try_all(
     book: ledger.Ledger,
+    menu: Sequence[Recipe],
     baseline: Trial,
     job: Job,
     reference: workshop.Reference,
@@ -283,7 +385,7 @@ def try_all(
     log: Log,
 ) -> ledger.Ledger:
     """The only loop."""
-    menu, began, done = recipes(job.device, settings), time.monotonic(), [baseline]
+    began, done = time.monotonic(), [baseline]
     made: workshop.Made = {}
     for line in left_out(job.device, settings):
         log(line)
@@ -303,16 +405,18 @@ def try_all(
 
 def judge(
     book: ledger.Ledger,
+    menu: Sequence[Recipe],
     baseline: Trial,
     job: Job,
     folder: Path,
     budget: Budget,
     settings: Settings,
+    costs: tuple[LayerCost, ...],
     log: Log,
 ) -> Result:
     """Choose, measure the winner once on the report split, write bundle and result.json."""
-    same_machine = not job.device.arch or job.device.arch == this_machine().arch
-    asked = {r.id for r in recipes(job.device, settings)}
+    same_machine = _same_machine(job.device)
+    asked = {r.id for r in menu}
     trials = tuple(t for t in book.trials if t.id in {baseline.id, *asked} and workshop.is_whole(t, folder))
     winner = search.judge([t for t in trials if t.id in asked], baseline, budget, same_machine)
     report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
@@ -323,7 +427,7 @@ def judge(
     result = Result(
         verdict="FAIL" if misses else "PASS",
         misses=misses,
-        advice=search.advise(trials, baseline, job.device, same_machine, misses),
+        advice=(*search.advise(trials, baseline, job.device, same_machine, misses), *advice.guilty(costs)),
         budget=budget,
         device=job.device,
         task=job.task,
@@ -341,6 +445,7 @@ def judge(
         images={k: len(s) for k, s in job.data.splits.items()} | {"report": len(report_split)},
         flips=thumbnails(folder, report_split, before, after),
         path=str(folder),
+        sensitivity=costs,
     )
     bundle.write(result, folder, _spread(report_split.ready), _spread(after))
     write_whole(folder / "result.json", json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False))

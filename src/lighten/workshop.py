@@ -18,7 +18,20 @@ from lighten.data.cache import room_to_write, sha256_file, whole_folder
 from lighten.data.splits import Split
 from lighten.errors import DiskFull, LightenError, RefusedFormat
 from lighten.plugins import get
-from lighten.types import Agreement, Artifact, Evidence, Failure, Job, Precision, Recipe, Size, Step, Trial
+from lighten.types import (
+    Agreement,
+    Artifact,
+    Evidence,
+    Failure,
+    Job,
+    Precision,
+    Recipe,
+    Size,
+    Step,
+    Trial,
+    digest,
+    to_json,
+)
 
 FIDELITY_IMAGES = 256
 
@@ -89,7 +102,9 @@ def apply_steps(recipe: Recipe, job: Job, made: Made) -> Any:
     if key in made:
         return made[key]
     module = copy.deepcopy(job.original).eval()
-    job = dataclasses.replace(job, precision=recipe.precision)
+    # The next format of the same plan finds the unfinished state of this one.
+    scratch = f"{job.scratch}/{digest(to_json(key))[:10]}" if job.scratch else ""
+    job = dataclasses.replace(job, precision=recipe.precision, scratch=scratch)
     for step in recipe.steps:
         module = get("methods", step.method, needs="REQUIRES").Step(**dict(step.settings)).apply(module, job)
     made.clear()
@@ -123,10 +138,10 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
 
 
 def torch_outputs(module: Any, job: Job, split: Split) -> np.ndarray:
-    """What the torch module itself answers."""
+    """What the torch module itself answers, in batches of bench's size: dynamic ranges are those of a batch."""
     from lighten.kit.infer import outputs
 
-    return outputs(module, split, job.preprocess, progress=job.progress)
+    return outputs(module, split, job.preprocess, batch=bench.BATCH, progress=job.progress)
 
 
 def agreement(reference: np.ndarray, got: np.ndarray) -> Agreement:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,26 @@ from lighten.errors import BadBundle
 from lighten.plugins import get, missing_backends, names
 from lighten.types import Device, Precision
 
-BITS = {"float32": 32, "float16": 16, "int8": 8, "uint8": 8, "int32": 32, "int64": 64, "bool": 8}
+BITS = {
+    "float32": 32, "float16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int32": 32, "int64": 64, "bool": 8,
+}  # fmt: skip
+INTEGERS = {
+    "int4": Precision("int4", "int8"),
+    "int4-activations": Precision("int4", "int4", (("stem.0", "int8", "int8"), ("fc", "int8", "int8"))),
+    "mixed": Precision(
+        "int8", "int8", (("right.0", "int4", "int8"), ("fc", "float16", "float16"), ("skip", "int8", "float32"))
+    ),
+    "int8-weights": Precision("int8", "float32"),
+    "int4-weights": Precision("int4", "float32", (("stem.0", "int8", "float32"), ("fc", "float16", "float16"))),
+    "int8-dynamic": Precision("int8", "dynamic"),
+    "int4-dynamic": Precision("int4", "dynamic"),
+}
+"""What is quantized beyond plain int8, and how near to the torch module the file has to be."""
+STORED = {
+    "int4": {"int4"}, "int4-activations": {"int4", "int8"}, "mixed": {"int4", "int8", "float16"},
+    "int8-weights": {"int8"}, "int4-weights": {"int4", "int8", "float16"},
+    "int8-dynamic": {"int8", "uint8"}, "int4-dynamic": {"int4", "uint4"},
+}  # fmt: skip
 ANSWERS_LIKE_TORCH = {"float32": 1e-4, "float16": 1e-2}
 ROUNDED = 0.05
 """Of the largest output: what single steps of rounding, done in another order by integer kernels, may add up to."""
@@ -170,6 +190,100 @@ def test_answers_are_the_callers_own(name: str, format: ModuleType, exported: Ma
 def test_threads_change_speed_not_answers(name: str, format: ModuleType, exported: Make) -> None:
     file, x = exported(name, "small", "float32"), some_images(4)
     np.testing.assert_allclose(format.load(file.path, 2)(x), format.load(file.path, 1)(x), rtol=0, atol=1e-5)
+
+
+# --- integers of other widths --------------------------------------------------------------------------
+
+
+@cache
+def integer_module(precision: str, device: Device, block: int = 0) -> Any:
+    from lighten.quant.plan import quantize
+    from lighten.quant.weight_only import quantize_weights
+    from nets import SHAPE, calibration, net
+
+    how = INTEGERS[precision]
+    if how.activations in ("float32", "dynamic"):
+        return quantize_weights(net("small"), SHAPE, how, device, block).module
+    return quantize(net("small"), SHAPE, calibration(), how, device).module
+
+
+@pytest.fixture
+def integers(
+    name: str, format: ModuleType, here: Device, tmp_path: Path, request: pytest.FixtureRequest
+) -> tuple[str, Exported]:
+    """The "small" net at one precision of INTEGERS, in this format."""
+    from nets import SHAPE
+
+    precision, block = request.param
+    if reason := format.refuses(INTEGERS[precision], here):
+        pytest.skip(f"refused: {reason}")
+    module, path = integer_module(precision, here, block), tmp_path / f"model{format.SUFFIX}"
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    companions = format.export(module, SHAPE, path, INTEGERS[precision], here)
+    same = all(before[k].equal(v) for k, v in module.state_dict().items())
+    return precision, Exported(path, companions, module, INTEGERS[precision], here, same)
+
+
+EVERY = pytest.mark.parametrize(
+    "integers", [*((p, 0) for p in INTEGERS), ("int8-weights", 32), ("int4-weights", 32)], indirect=True,
+    ids=lambda one: f"{one[0]}-{one[1]}",
+)  # fmt: skip
+
+
+@EVERY
+def test_integer_file_answers_like_its_module(format: ModuleType, integers: tuple[str, Exported]) -> None:
+    """Weight-only: the same floats. Rounded activations: same labels, and nearer to the plan than its own noise."""
+    precision, file = integers
+    x = some_images(32)
+    got, want = answers(format, file, x), wanted(file, x)
+    if precision.endswith("weights"):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    assert (got.argmax(1) == want.argmax(1)).mean() >= (0.96 if precision == "int4-activations" else 1)
+    # A value on the edge of a step falls to either side; with 4-bit activations a step is a fifteenth of the range.
+    noise = 0.2 if precision == "int4-activations" else ROUNDED
+    assert np.sqrt(((got - want) ** 2).mean()) <= noise * np.abs(want).max()
+    assert file.left_alone
+
+
+@EVERY
+def test_integer_file_stores_what_was_asked(format: ModuleType, integers: tuple[str, Exported]) -> None:
+    precision, file = integers
+    rows = format.weights(file.path)
+    big = [row for row in rows if len(row.shape) > 1 and int(np.prod(row.shape)) >= 200]
+    for row in rows:
+        assert row.bytes == -(-int(np.prod(row.shape, dtype=np.int64)) * BITS[row.dtype] // 8), row
+    # Scales of blocks are the only float tensors of this size.
+    assert {row.dtype for row in big if row.dtype != "float32"} <= STORED[precision]
+    assert {row.dtype for row in big} & STORED[precision]
+    counted = [row for row in big if row.dtype != "float32"]
+    assert sum(int(np.prod(row.shape)) for row in counted) >= 50_000
+
+
+@pytest.mark.parametrize("integers", [("int4", 0), ("int4-weights", 0)], indirect=True)
+def test_integer_export_is_deterministic(format: ModuleType, integers: tuple[str, Exported], tmp_path: Path) -> None:
+    from nets import SHAPE
+
+    _, file = integers
+    other = tmp_path / "again"
+    other.mkdir()
+    again = format.export(file.module, SHAPE, other / file.path.name, file.precision, file.device)
+    for a, b in zip((file.path, *file.companions), (other / file.path.name, *again)):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision("float32", "int8"), Precision("int8", "float16"), Precision("float32", "float32", (("fc", "int8", "int8"),)),
+        Precision("int8", "float32", (("fc", "int8", "int8"),)), Precision("int8", "int8", (("fc", "int2", "int8"),)),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_refused_with_one_reason(
+    format: ModuleType, here: Device, precision: Precision
+) -> None:
+    reason = format.refuses(precision, here)
+    assert reason
+    assert "\n" not in reason
 
 
 # --- what is stored -----------------------------------------------------------------------------------

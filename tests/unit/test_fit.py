@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lighten.data.splits import ArrayImages, Split
 from lighten.errors import BadConfig
+from lighten.kit import fit as fitting
 from lighten.kit.augment import crop_and_flip, cut_out, to_input
-from lighten.kit.fit import FitSettings, fit
+from lighten.kit.fit import FitSettings, fit, gains_from_bf16
 from lighten.tasks.classification import loss
 from lighten.types import Data, Device, Job, Preprocess, silent
 
@@ -190,6 +191,105 @@ def test_the_average_is_what_it_is_by_hand(ema: float) -> None:
         average = decay * average + (1 - decay) * w
     assert done.w.item() == pytest.approx(average, rel=1e-5)  # type: ignore[union-attr, operator]
     assert done.seen.item() == 15  # type: ignore[union-attr, operator]
+
+
+class Shared(nn.Module):
+    """One part under two names, listed in another order by every other copy."""
+
+    copies = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        self.again = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a.weight + 3 * self.b.weight
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Shared:
+        twin = Shared()
+        twin.load_state_dict(self.state_dict())
+        for name in ("b", "a", "again"):
+            twin._modules[name] = twin._modules.pop(name)
+        return twin
+
+
+def test_the_average_goes_by_name_and_takes_what_is_shared_once() -> None:
+    torch.manual_seed(0)
+    net = Shared()
+    start = {k: v.item() for k, v in net.state_dict().items()}
+    s = FitSettings(epochs=1, batch=80, lr=0.1, momentum=0.0, weight_decay=0.0, ema=0.5)
+    done = fit(net, s, lambda m, x, y: m(x).sum(), job()).state_dict()
+    steps = {"a": 1.0, "b": 3.0}
+    clip = min(1.0, 5.0 / 10**0.5)
+    first, second = (start_lr * clip for start_lr in _rates(s, 2))
+    for name, gradient in steps.items():
+        one = start[f"{name}.weight"] - first * gradient
+        two = one - second * gradient
+        average = start[f"{name}.weight"]
+        for step, value in ((1, one), (2, two)):
+            keep = min(0.5, (1 + step) / (10 + step))
+            average = keep * average + (1 - keep) * value
+        assert done[f"{name}.weight"].item() == pytest.approx(average, rel=1e-5)
+
+
+def _rates(s: FitSettings, total: int) -> list[float]:
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=s.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        probe, s.lr, total_steps=total, pct_start=0.75, cycle_momentum=False, div_factor=10, final_div_factor=1e3
+    )
+    rates = []
+    for k in range(total):
+        rates.append(schedule.get_last_lr()[0])
+        probe.step()
+        if k + 1 < total:
+            schedule.step()
+    return rates
+
+
+# --- what a method may ask for ---------------------------------------------------------------------------
+
+
+def test_each_group_has_its_own_learning_rate() -> None:
+    """Adam's first steps are as long as its rate: the bias moves a hundredth of what the weights do."""
+    net, before = model(norm=False), model(norm=False).state_dict()
+
+    def groups(m: nn.Module) -> list[dict[str, object]]:
+        big = [p for p in m.parameters() if p.ndim > 1]
+        return [{"params": big, "lr": 1e-3}, {"params": [p for p in m.parameters() if p.ndim == 1], "lr": 1e-5}]
+
+    s = replace(SETTINGS, epochs=1, optimizer="adamw", ema=0.0, weight_decay=0.0)
+    done = fit(net, s, loss, job(), groups=groups).state_dict()
+    by = {k: float((done[k] - before[k]).abs().max()) for k in before}
+    for name, moved in by.items():
+        peak = 1e-3 if before[name].ndim > 1 else 1e-5
+        assert 0.3 * peak < moved < 5 * peak, name  # five steps, at most as long as the peak
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_without_autocast_everything_is_float32(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "has_bf16", lambda device: True)
+    seen = set()
+
+    def watching(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        out = m(x)
+        seen.add(out.dtype)
+        return nn.functional.cross_entropy(out.float(), y)
+
+    fit(model(), replace(SETTINGS, epochs=1), watching, job(), autocast=autocast)
+    assert seen == {torch.bfloat16 if autocast else torch.float32}
+
+
+def test_a_processor_trains_depthwise_networks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    depthwise = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8))
+    for hardware, net, device, want in (
+        (True, model(), "cpu", True),
+        (True, depthwise, "cpu", False),
+        (True, depthwise, "cuda", True),
+        (False, model(), "cpu", False),
+    ):
+        monkeypatch.setattr(fitting, "has_bf16", lambda device, hardware=hardware: hardware)
+        assert gains_from_bf16(net, torch.device(device)) is want
 
 
 # --- augmentation -------------------------------------------------------------------------------------

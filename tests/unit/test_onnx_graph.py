@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from lighten.errors import RefusedFormat
-from lighten.kit.onnx_graph import lower, pool_globally, to_onnx
+from lighten.kit.onnx_graph import lower, nibbles, pool_globally, to_onnx
 
 SHAPE = (3, 16, 16)
 
@@ -202,6 +202,82 @@ def test_float_layers_keep_their_float_bias() -> None:
     next(n for n in plain.graph.node if n.op_type == "Conv").input[0] = "x"  # its input is float now
     model = lower(plain, unsigned=True)
     np.testing.assert_array_equal(arrays(model)["b"], bias)
+
+
+# --- 4 bits -------------------------------------------------------------------------------------------
+
+
+def four_bits(weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, *, clipped: bool) -> Any:
+    """The convolution by hand at opset 21, its input on the grid -8..7 where it is clipped."""
+    model = qdq_conv(bias, weight, scale)
+    model.opset_import[0].version, model.ir_version = 21, 10
+    if clipped:
+        ends = [numpy_helper.from_array(np.float32((q + 10) * 0.05), k) for q, k in ((-8, "lo"), (7, "hi"))]
+        model.graph.initializer.extend(ends)
+        model.graph.node.insert(0, helper.make_node("Clip", ["x", "lo", "hi"], ["xc"]))
+        model.graph.node[1].input[0] = "xc"
+    return model
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_4_bit_convolution_is_what_integers_give(unsigned: bool, clipped: bool, reduced: bool) -> None:
+    dice = np.random.default_rng(0)
+    weight = dice.integers(-8, 8, (3, 2, 1, 1), dtype=np.int8)
+    weight[2] = 0  # a pruned filter: its bias is far too large for a finer scale
+    scale = np.array([0.1, 0.03, 1e-9], np.float32)
+    bias = np.array([0.31, -2.0, 0.04], np.float32)
+    x = dice.normal(size=(2, 2, 4, 4)).astype(np.float32)
+    lo, hi = (-8, 7) if clipped else (-128, 127)
+    x_int = np.clip(np.rint(x / np.float32(0.05)) - 10, lo, hi).astype(np.int64) + 10
+    real = np.einsum("nchw,oc->nohw", x_int, weight[:, :, 0, 0].astype(np.int64)) * 0.05 * scale[:, None, None]
+    model = lower(four_bits(weight, bias, scale, clipped=clipped), unsigned=unsigned, reduce_range=reduced)
+    onnx.checker.check_model(model, full_check=True)
+    # The bias is off by half a step of the accumulator at most, which is finer by the factor the weights were widened.
+    step = 0.05 * scale.max() / (8 if reduced else 16)
+    for optimised in (False, True):
+        assert np.abs(run(model, x, optimised=optimised) - (real + bias[:, None, None])).max() <= step / 2 + 1e-5
+    kinds = [n.op_type for n in model.graph.node]
+    assert kinds.count("Clip") == clipped
+    stored = {i.name: i for i in model.graph.initializer}
+    assert stored["w_int4"].data_type == TensorProto.INT4
+    assert len(stored["w_int4"].raw_data) == 3
+    assert "w" not in stored
+
+
+def test_clips_of_integers_keep_the_integer_kernel() -> None:
+    """ONNX Runtime still fuses the convolution before a 4-bit activation."""
+    weight = np.ones((3, 2, 1, 1), np.int8)
+    model = qdq_conv(np.zeros(3, np.float32), weight, np.full(3, 0.1, np.float32), rounded=True)
+    ends = [numpy_helper.from_array(np.float32((q + 10) * 0.05), k) for q, k in ((-8, "lo"), (7, "hi"))]
+    model.graph.initializer.extend(ends)
+    at = next(k for k, n in enumerate(model.graph.node) if list(n.output) == ["yq"])
+    model.graph.node.insert(at, helper.make_node("Clip", ["yd", "lo", "hi"], ["yc"]))
+    model.graph.node[at + 1].input[0] = "yc"
+    model = lower(model, unsigned=True)
+    after = {n.op_type: n for n in model.graph.node if n.op_type in ("Clip", "QuantizeLinear")}
+    held = arrays(model)
+    assert [held[i].item() for i in after["Clip"].input[1:]] == [120, 135]
+    x = np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)
+    got = run(model, x, optimised=True)
+    np.testing.assert_allclose(got, run(model, x), atol=1e-6)
+    assert got.min() / 0.05 >= -8 + 10 - 1e-3
+    assert got.max() / 0.05 <= 7 + 10 + 1e-3
+
+
+def test_int4_needs_its_opset() -> None:
+    weight = np.ones((3, 2, 1, 1), np.int8)
+    model = lower(qdq_conv(np.zeros(3, np.float32), weight, np.ones(3, np.float32)), unsigned=True)
+    assert {i.data_type for i in model.graph.initializer} & {TensorProto.INT4} == set()
+
+
+@pytest.mark.parametrize("values", [[-8, 7, 0], [1, -1], [5], list(range(-8, 8))])
+def test_nibbles_are_two_a_byte_the_first_in_the_low_half(values: list[int]) -> None:
+    raw = nibbles(np.array(values, np.int8))
+    assert len(raw) == -(-len(values) // 2)
+    digits = [d for b in raw for d in (b % 16, b // 16)][: len(values)]
+    assert [d - 16 if d > 7 else d for d in digits] == values
 
 
 # --- pooling ------------------------------------------------------------------------------------------

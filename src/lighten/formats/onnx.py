@@ -32,20 +32,28 @@ DTYPES = {
 
 def refuses(precision: Precision, device: Device) -> str | None:
     """Why this format cannot give `precision` for `device`, or None."""
-    if precision.weights not in ("float32", "float16", "int8"):
-        return f"{precision.weights} weights are not written to ONNX yet"
-    return None
+    from lighten.kit.precisions import impossible
+
+    return impossible(precision)
 
 
 def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
-    """Write `module` (float, or converted by the plan) to `path`; returns companion files (none)."""
+    """Write `module` (float, or made by the plan) to `path`; returns companion files (none)."""
     import onnx
 
-    from lighten.kit.onnx_graph import lower, to_onnx
+    from lighten.kit.onnx_graph import INT4_OPSET, lower, to_onnx
+    from lighten.kit.precisions import has_int4
+    from lighten.quant.weight_only import float_graph, half_weights, packed_weights
 
-    model = to_onnx(module, shape)
+    model = to_onnx(float_graph(module), shape, INT4_OPSET if has_int4(precision) else None)
     if precision.quantized:
-        model = lower(model, unsigned=device.activations == "uint8")
+        model = lower(
+            model,
+            unsigned=device.activations == "uint8",
+            reduce_range=device.reduce_range,
+            packed=packed_weights(module),
+            half=half_weights(module, precision),
+        )
     elif precision.weights == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
         from onnxruntime.transformers.onnx_model import OnnxModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,10 @@ def fold(model: nn.Module, shape: tuple[int, ...]) -> GraphModule:
     with quiet():
         from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
 
-        graph = trace(model, shape).module(check_guards=False)
+        graph = trace(copy.deepcopy(model), shape).module(check_guards=False)  # a trace shares its parameters
         _fuse_conv_bn_(graph)
         _fuse_linear_bn_(graph)
     _write_apart(graph)
-    for parameter in graph.parameters():  # a fold that shared memory with the model would change it
-        parameter.data = parameter.data.clone()
     return graph
 
 

@@ -92,9 +92,18 @@ def convert(plan: Plan) -> Quantized:
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+        _halve(plan)
         layers = tuple(_describe(plan))
         done = convert_pt2e(plan.graph, use_reference_representation=False, fold_quantize=True)
     return Quantized(done, layers)
+
+
+def _halve(plan: Plan) -> None:
+    """Weights that will be stored as float16 take the values they will have."""
+    for layer in plan.layers:
+        if plan.quantizer.exceptions.get(layer.name, ("", ""))[0] == "float16":
+            weight = graphs.parameter(plan.graph, layer.weight)
+            graphs.overwrite(plan.graph, layer.weight, weight.half().float())
 
 
 def calibrate(plan: Plan, batches: Iterable[Tensor], step: Told = lambda done: None) -> None:

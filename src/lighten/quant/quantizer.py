@@ -31,6 +31,7 @@ class PolicyQuantizer(Quantizer):
         self.exceptions = {name: (w, a) for name, w, a in precision.exceptions}
         self.left_float: dict[str, str] = {}
         self.layers: dict[str, str] = {}
+        self.made: dict[Node, int] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
@@ -54,30 +55,39 @@ class PolicyQuantizer(Quantizer):
         x, weight = node.args[0], node.args[1]
         name = layer_name(node)
         self.layers[node.name] = name
-        weights, activations = self.exceptions.get(name, (self.precision.weights, self.precision.activations))
-        if weights not in BITS:
-            self.left_float[name] = "the precision keeps it in float"
-            return
-        if not isinstance(weight, Node) or weight.op != "get_attr":
-            self.left_float[name] = "its weight is computed, not stored"
-            return
-        if policy.packet(node) is policy.aten.conv_transpose2d and len(node.args) > 6 and node.args[6] != 1:
-            self.left_float[name] = "grouped transposed convolution"
+        weights, activations = self._wanted(node)
+        if reason := self._left_float(node):
+            self.left_float[name] = reason
             return
         inputs: dict[Node, Any] = {weight: self._weight(BITS[weights], axis)}
         if isinstance(x, Node) and activations in BITS:
             inputs[x] = self._activation(BITS[activations])
         last = fused_after(node)
-        annotate(node, inputs, None if last is not node or _is_answer(node) else self._activation(8))
+        annotate(node, inputs, None if last is not node or _is_answer(node) else self._output(node))
         if last is not node:
-            annotate(last, {}, self._activation(8))
+            annotate(last, {}, self._output(last))
+
+    def _wanted(self, node: Node) -> tuple[str, str]:
+        """Precision of a layer's weights and of the activations it reads."""
+        return self.exceptions.get(layer_name(node), (self.precision.weights, self.precision.activations))
+
+    def _left_float(self, node: Node) -> str | None:
+        """Why a layer is not quantized; None where it is."""
+        weight = node.args[1]
+        if self._wanted(node)[0] not in BITS:
+            return "the precision keeps it in float"
+        if not isinstance(weight, Node) or weight.op != "get_attr":
+            return "its weight is computed, not stored"
+        if policy.packet(node) is policy.aten.conv_transpose2d and len(node.args) > 6 and node.args[6] != 1:
+            return "grouped transposed convolution"
+        return None
 
     def _many(self, node: Node) -> None:
         inputs = [a for a in _tensor_inputs(node) if _is_float(a)]
         if not inputs:
             return
         last = fused_after(node) if policy.packet(node) in policy.ELEMENTWISE else node
-        output = None if _is_answer(last) else self._activation(8)
+        output = None if _is_answer(last) else self._output(last)
         annotate(node, {a: self._activation(8) for a in inputs}, output if last is node else None)
         if last is not node:
             annotate(last, {}, output)
@@ -87,7 +97,25 @@ class PolicyQuantizer(Quantizer):
         # Only values that are quantized already are passed on; a Q/DQ pair around a float tensor would be pure loss.
         if isinstance(x, Node) and _gives_quantized(x) and not _is_answer(node):
             shared = SharedQuantizationSpec((x, node))
-            annotate(node, {x: self._activation(8)}, shared)
+            self.made[node] = self.made.get(x, 8)
+            annotate(node, {x: self._activation(self.made[node])}, shared)
+
+    def _output(self, node: Node) -> QuantizationSpec:
+        """The grid a tensor is made on: the finest that a reader asks for, so that nothing is rounded to 8 bits first
+        when only layers at 4 bits read it. Where one reader needs 8, the others round again behind it."""
+        self.made[node] = self._asked(node)
+        return self._activation(self.made[node])
+
+    def _asked(self, node: Node) -> int:
+        return max((self._asks(user, node) for user in node.users), default=8)
+
+    def _asks(self, reader: Node, node: Node) -> int:
+        kind = policy.packet(reader)
+        if kind in (*policy.PASSING, *policy.NOTHING):
+            return self._asked(reader)
+        if kind in policy.COMPUTE and reader.args[0] is node and not self._left_float(reader):
+            return BITS.get(self._wanted(reader)[1], 8)
+        return 8
 
     def _activation(self, bits: int) -> QuantizationSpec:
         return QuantizationSpec(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from lighten.data.cache import write_whole
 from lighten.errors import BadConfig
+from lighten.kit import checkpoint as checkpoint_of
 from lighten.quant import graph as graphs
+from lighten.quant.bias import scalable, with_biases
 from lighten.quant.blocks import Block, before, blocks, run, section
 from lighten.quant.graph import Layer
 from lighten.quant.observers import ActivationObserver, Watcher, WeightObserver
@@ -23,6 +23,8 @@ from lighten.quant.ranges import Grid
 from lighten.types import digest, to_json
 
 METHODS = ("nearest", "adaround", "brecq", "qdrop")
+FINE = 255
+"""Levels from which on an activation's rounding is left out while weights are learned."""
 GAMMA, ZETA = -0.1, 1.1
 """Ends of the stretched sigmoid (AdaRound, eq. 23)."""
 
@@ -39,7 +41,7 @@ class Rounding:
     iterations: int = 600
     batch: int = 32
     lr: float = 0.01
-    lr_bias: float = 1e-3
+    lr_gain: float = 1e-3
     weight: float = 0.02
     warmup: float = 0.2
     seed: int = 0
@@ -52,10 +54,11 @@ class Rounding:
 
 
 class SoftRound(nn.Module):
-    """A weight on the way to its grid: floor(w / s) + h(v), h between 0 (down) and 1 (up).
+    """A weight on the way to its grid: floor(w / s) + h(v), h between 0 (down) and 1 (up), times s and a gain.
 
     Nagel et al., 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", eqs. 22 and 23: h is a sigmoid
-    stretched to [-0.1, 1.1] and clipped, started so that the weight is what it was.
+    stretched to [-0.1, 1.1] and clipped, started so that the weight is what it was. The `gain` of a channel, learned
+    along, gives its output the strength back that rounding took; it costs nothing, since it ends in the scale.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, grid: Grid, axis: int | None) -> None:
@@ -63,6 +66,7 @@ class SoftRound(nn.Module):
         self.grid = grid
         shape = [-1 if d == axis else 1 for d in range(weight.ndim)]
         self.register_buffer("scale", scale.reshape(shape))
+        self.gain = nn.Parameter(torch.ones_like(self.scale))
         steps = weight.detach() / self.scale
         self.register_buffer("floor", torch.floor(steps))
         part = (steps - self.floor).clamp(1e-3, 1 - 1e-3)
@@ -77,16 +81,17 @@ class SoftRound(nn.Module):
         return (torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (self.floor + self.up()).clamp(self.grid.qmin, self.grid.qmax) * self.scale
+        return (self.floor + self.up()).clamp(self.grid.qmin, self.grid.qmax) * (self.scale * self.gain)
 
     def undecided(self, beta: float) -> Tensor:
         """Mean of 1 - |2h - 1|^beta (eq. 24): 0 when every weight is up or down."""
         return (1 - (2 * self.up() - 1).abs().pow(beta)).mean()
 
-    def decided(self) -> Tensor:
-        """The weight with each value on its grid."""
+    def decided(self) -> tuple[Tensor, Tensor]:
+        """The weight with each value on its grid, and the scale of that grid."""
         up = (self.up() >= 0.5).to(self.floor.dtype)
-        return (self.floor + up).clamp(self.grid.qmin, self.grid.qmax) * self.scale
+        scale = (self.scale * self.gain).detach()
+        return (self.floor + up).clamp(self.grid.qmin, self.grid.qmax) * scale, scale.reshape(-1)
 
 
 class Dropped(nn.Module):
@@ -142,12 +147,12 @@ class _Reconstruction:
 
     def __init__(self, plan: Plan, images: Tensor, settings: Rounding, told: Told, checkpoint: Path | None) -> None:
         self.graph, self.settings, self.told = plan.graph, settings, told
+        self.real = with_biases(plan)
         self.blocks = blocks(plan.graph)
         self.units = sum(len(self._split(block)) for block in self.blocks)
         self.layers = tuple(layer for block in self.blocks for layer in block.layers)
         self.rounders: dict[Watcher, nn.Module] = {o: o.rounding() for o in graphs.observers(plan.graph)}
-        self.float_bias = {la.name: self._bias(la).clone() for la in self.layers if la.bias}
-        self.bias = {name: value.clone() for name, value in self.float_bias.items()}
+        self.now = dict(self.real)
         self.book = _Book.open(checkpoint, _mark(plan, images, settings))
         self.done = 0
 
@@ -180,9 +185,10 @@ class _Reconstruction:
             self.book.write(name, self._learn(name, part, layers, given_float, given, target))
         for layer in layers:
             found = self.book.units[name][layer.name]
-            self.rounders[self._weight_observer(layer)] = Constant(found["weight"])
-            if layer.bias:
-                self.bias[layer.name] = found["bias"]
+            observer = self._weight_observer(layer)
+            observer.pin(found["scale"], torch.zeros_like(found["scale"], dtype=torch.int64))
+            self.rounders[observer] = observer.rounding()
+            self.now |= {layer.weight: found["weight"]} | ({layer.bias: found["bias"]} if layer.bias else {})
         self.done += 1
         self.told(f"rounding {name}", self.done * self.settings.iterations, self.units * self.settings.iterations)
 
@@ -199,17 +205,16 @@ class _Reconstruction:
         s = self.settings
         generator = torch.Generator().manual_seed(s.seed * 100_003 + self.done)
         soft = {la: self._soften(la) for la in layers}
-        drops = self._enter(rounded=True, part=part, generator=generator if s.method == "qdrop" else None)
-        for layer, module in soft.items():
-            self._weight_observer(layer).stand_in = module
+        drops = self._begin(part, soft, generator)
         biases = [self._bias(la) for la in layers if la.bias]
         optimizer = torch.optim.Adam(
             [
                 {"params": [m.v for m in soft.values()], "lr": s.lr},
-                *({"params": [b], "lr": s.lr_bias * max(float(b.abs().mean()), 1e-3)} for b in biases),
+                {"params": [m.gain for m in soft.values()], "lr": s.lr_gain},
+                *({"params": [b], "lr": s.lr_gain * max(float(b.detach().abs().mean()), 1e-3)} for b in biases),
             ]
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.iterations, eta_min=s.lr * 0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _cosine(k / s.iterations, 1.0, 0.05))
         power = float((target - target.mean()).square().mean().clamp(min=1e-12))
         for b in biases:
             b.requires_grad_(True)
@@ -230,7 +235,7 @@ class _Reconstruction:
                 self.told(f"rounding {name}", self.done * s.iterations + k + 1, self.units * s.iterations)
         for b in biases:
             b.requires_grad_(False)
-        found = {la.name: {"weight": m.decided().detach()} for la, m in soft.items()}
+        found = {la.name: dict(zip(("weight", "scale"), m.decided())) for la, m in soft.items()}
         for layer in layers:
             if layer.bias:
                 found[layer.name]["bias"] = self._bias(layer).detach().clone()
@@ -238,23 +243,34 @@ class _Reconstruction:
 
     def _soften(self, layer: Layer) -> SoftRound:
         observer = self._weight_observer(layer)
-        scale, _ = observer.calculate_qparams()
-        weight = graphs.parameter(self.graph, layer.weight)
-        return SoftRound(weight, scale, observer.grid, observer.ch_axis)
+        return SoftRound(self.real[layer.weight], observer.calculate_qparams()[0], observer.grid, observer.ch_axis)
 
-    def _enter(self, rounded: bool, part: GraphModule, generator: torch.Generator | None = None) -> list[Dropped]:
-        """Let the observers pass everything, or round; with a generator activations are rounded half of the time."""
+    def _enter(self, rounded: bool, part: GraphModule, drop: torch.Generator | None = None) -> list[Dropped]:
+        """Let the observers pass everything, or round; with `drop` activations are rounded half of the time."""
         drops = []
         inside = {m for m in part.modules() if isinstance(m, Watcher)}
         for observer, rounder in self.rounders.items():
-            module = rounder if rounded else nn.Identity()
-            if rounded and generator is not None and observer in inside and isinstance(observer, ActivationObserver):
-                module = Dropped(rounder, generator)
-                drops.append(module)
-            observer.stand_in = module
-        for layer in self.layers:
-            if layer.bias:
-                graphs.overwrite(self.graph, layer.bias, (self.bias if rounded else self.float_bias)[layer.name])
+            observer.stand_in = rounder if rounded else nn.Identity()
+            if drop is not None and observer in inside and isinstance(observer, ActivationObserver):
+                observer.stand_in = Dropped(rounder, drop)
+                drops.append(observer.stand_in)
+        self._write(self.now if rounded else self.real)
+        return drops
+
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            graphs.overwrite(self.graph, name, value)
+
+    def _begin(self, part: GraphModule, soft: dict[Layer, SoftRound], generator: torch.Generator) -> list[Dropped]:
+        """Let the weights of a unit be learned. Activations of 8 bits pass: their rounding costs time and tells
+        nothing, beside weights of 4 bits (BRECQ learns weights with float activations, section 4)."""
+        drops = self._enter(True, part, generator if self.settings.method == "qdrop" else None)
+        for observer in {m for m in part.modules() if isinstance(m, ActivationObserver)}:
+            if observer.quant_max - observer.quant_min >= FINE and not drops:
+                observer.stand_in = nn.Identity()
+        for layer, module in soft.items():
+            self._weight_observer(layer).stand_in = module
+            module.gain.requires_grad_(scalable(self.graph, layer))
         return drops
 
     def _float(self, part: GraphModule, x: Tensor) -> Tensor:
@@ -266,16 +282,8 @@ class _Reconstruction:
         return run(part, x)
 
     def _finish(self) -> None:
-        """Write weights and biases into the plan; the observers see them once, with their scales pinned."""
-        for layer in self.layers:
-            if layer.bias:
-                graphs.overwrite(self.graph, layer.bias, self.bias[layer.name])
-            observer = graphs.weight_observer(self.graph, layer)
-            if observer is not None:
-                observer.pin(*observer.calculate_qparams())
-                rounder = self.rounders[observer]
-                if isinstance(rounder, Constant):
-                    graphs.overwrite(self.graph, layer.weight, rounder.value)
+        """Write weights and biases into the plan, whose observers watch again, with the weights' scales pinned."""
+        self._write(self.now)
         for observer in self.rounders:
             observer.stand_in = None
 
@@ -289,25 +297,16 @@ class _Reconstruction:
         return found
 
 
-class Constant(nn.Module):
-    """Stands for a weight that is decided."""
-
-    value: Tensor
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value)
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.value
-
-
 def _beta(progress: float, warmup: float, start: float = 20.0, end: float = 2.0) -> float | None:
     """The exponent of the term that decides, falling from `start` to `end` (AdaRound, section 4.1); None in warm-up."""
     if progress < warmup:
         return None
-    share = (progress - warmup) / (1 - warmup)
-    return end + 0.5 * (start - end) * (1 + math.cos(share * math.pi))
+    return _cosine((progress - warmup) / (1 - warmup), start, end)
+
+
+def _cosine(progress: float, start: float, end: float) -> float:
+    """From `start` to `end` along half a cosine."""
+    return end + 0.5 * (start - end) * (1 + math.cos(progress * math.pi))
 
 
 @dataclass
@@ -320,18 +319,12 @@ class _Book:
 
     @classmethod
     def open(cls, file: Path | None, mark: str) -> _Book:
-        book = cls(file, mark, {})
-        if file is not None and file.exists():
-            kept = torch.load(file, weights_only=True)
-            book.units = kept["units"] if kept["mark"] == mark else {}
-        return book
+        return cls(file, mark, (file and checkpoint_of.load(file, mark)) or {})
 
     def write(self, name: str, found: dict[str, dict[str, Tensor]]) -> None:
         self.units[name] = found
         if self.file is not None:
-            buffer = io.BytesIO()
-            torch.save({"mark": self.mark, "units": self.units}, buffer)
-            write_whole(self.file, buffer.getvalue())
+            checkpoint_of.save(self.file, self.mark, self.units)
 
 
 def _mark(plan: Plan, images: Tensor, settings: Rounding) -> str:

@@ -60,6 +60,17 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Suspect:
+    """One layer and its value in each series (None where it was not measured). `said` is its tip; with a `note`, which
+    is written beside its last mark, it stands out."""
+
+    label: str
+    values: tuple[float | None, ...]
+    said: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Ask:
     """A spot that wants one of these texts beside it, the first if possible.
 
@@ -483,6 +494,73 @@ def _change_bar(c: Change, x: Map, top: float, names: float, width: float) -> st
         f'height="12" rx="1.5"/>'
         f"{_text(width, top + 14, f'{c.before:.1f} → {c.after:.1f}', 'pair', 'end')}</g>"
     )
+
+
+def dots(
+    rows: Sequence[Suspect], *, x_title: str, width: float = 900, title: str = "", tick: Callable[[float], str] = str
+) -> str:
+    """One row a layer, one mark a series on a logarithmic axis; what is 0 or far below the rest lies at its left end.
+
+    The axis spans at most `DECADES` powers of ten below the greatest value. "" where nothing is above 0.
+    """
+    seen = [v for row in rows for v in row.values if v is not None and v > 0 and math.isfinite(v)]
+    if not seen:
+        return ""
+    lo, hi = max(min(seen) / 1.6, max(seen) / 10**DECADES), max(seen) * 1.3
+    step, size = (22.0, FONT) if len(rows) <= 24 else (16.0, 11.0)
+    notes = max(text_width(row.note, 11) for row in rows)
+    names = min(width * (0.4 if width < 600 else 0.3), max(text_width(row.label, size) for row in rows))
+    left, right, top = names + 16, width - notes - 16, 22.0
+    x, bottom = logarithmic(lo, hi, left, right), top + step * len(rows)
+    parts = [_decades(lo, hi, x, top, bottom, tick, 4 if width < 600 else 7)]
+    parts += [_suspect(row, x, lo, top + step * (k + 0.5), left, names, size) for k, row in enumerate(rows)]
+    return _svg(width, bottom + 40, title, [*parts, _text(right, bottom + 34, x_title, "title", "end")])
+
+
+DECADES = 6
+SERIES = ("circle", "diamond", "square", "triangle")
+
+
+def _decades(lo: float, hi: float, x: Map, top: float, bottom: float, tick: Callable[[float], str], most: int) -> str:
+    """Lines at round values, named above and below: a picture of many layers is taller than a screen."""
+    parts = [f'<path class="axis" d="M{x(lo):.1f} {top:.1f}V{bottom:.1f}"/>']
+    ticks = log_ticks(lo, hi, most)
+    for v in ticks[:: math.ceil(len(ticks) / most)]:
+        parts.append(f'<path class="grid" d="M{x(v):.1f} {top:.1f}V{bottom:.1f}"/>')
+        parts += [_text(x(v), y, tick(v), "tick", "middle") for y in (top - 8, bottom + 16)]
+    return "".join(parts)
+
+
+def _suspect(row: Suspect, x: Map, lo: float, y: float, left: float, names: float, size: float) -> str:
+    placed = [(k, x(max(v, lo)), v) for k, v in enumerate(row.values) if v is not None and math.isfinite(v)]
+    ends = [at for _, at, _ in placed] or [left]
+    name = shorten(row.label, names, size)
+    line = f'<path class="span" d="M{min(ends):.1f} {y:.1f}H{max(ends):.1f}"/>' if len(ends) > 1 else ""
+    marks = "".join(series_mark(k, at, y, faint=v < lo) for k, at, v in placed)
+    note = _text(max(ends) + 9, y + 4, row.note, "value") if row.note else ""
+    return (
+        f'<g class="suspect{" worst" if row.note else ""}"><title>{escape(row.label)}: {escape(row.said)}</title>'
+        f'<rect class="hit" x="0" y="{y - 7:.1f}" width="{left:.1f}" height="14"/>'
+        f'<text x="{left - 12:.1f}" y="{y + 4:.1f}" class="name" text-anchor="end" font-size="{size:g}">{escape(name)}</text>'
+        f"{line}{marks}{note}</g>"
+    )
+
+
+def series_mark(k: int, px: float, y: float, faint: bool = False) -> str:
+    """The mark of the k-th series: a circle, a diamond, a square, a triangle."""
+    kind = SERIES[k % len(SERIES)]
+    drawn = {
+        "circle": f'<circle cx="{px:.1f}" cy="{y:.1f}" r="4"/>',
+        "diamond": f'<path d="M{px:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"/>',
+        "square": f'<rect x="{px - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>',
+        "triangle": f'<path d="M{px:.1f} {y - 5:.1f}l5 9h-10z"/>',
+    }[kind]
+    return f'<g class="series {kind}{" off" if faint else ""}">{drawn}</g>'
+
+
+def series_key(k: int) -> str:
+    """The mark alone, for the legend."""
+    return f'<svg viewBox="0 0 22 22" class="key" aria-hidden="true">{series_mark(k, 11, 11)}</svg>'
 
 
 def meter(value: float, full: float, css: str = "") -> str:

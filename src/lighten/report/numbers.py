@@ -36,3 +36,23 @@ def pair(estimate: Estimate) -> str:
 def saved(percent: float) -> str:
     """Shrink as the change of the size: 74 becomes −74%, and a file that grew gets a plus."""
     return f"{'+' if percent < -0.05 else ''}{fixed(-percent, 1)}%"
+
+
+def nats(value: float) -> str:
+    """A divergence: two digits, and a power of ten where zeros would hide them: 0.31, 0.00042, 1.2×10⁻⁶."""
+    if not math.isfinite(value) or value == 0 or abs(value) >= 9.5e-5:
+        return significant(value, 2)
+    return _scientific(value)
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}×10{str(int(exponent)).translate(SUPERSCRIPT)}".replace("-", "−")
+
+
+def power(value: float) -> str:
+    """A round number on an axis: 0.01, 10⁻⁵."""
+    return f"{value:g}" if value >= 9.5e-4 else _scientific(value).removeprefix("1×")
+
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -11,6 +11,7 @@ from lighten.errors import BadBundle
 from lighten.report import charts
 from lighten.report.layers import layers, stored
 from lighten.report.numbers import fixed, saved, signed, significant
+from lighten.report.sensitivity import sensitivity
 from lighten.report.texts import FORMATS, METRICS, PRECISIONS, Texts, sentence, texts
 from lighten.types import Evidence, Latency, Result, Trial, shrink, speedup
 
@@ -69,6 +70,7 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         **_pictures(result, table, t),
         **_classes(result, lang, t),
         **_flips(result, lang, thumbnails),
+        **sensitivity(result.sensitivity, result.winning.recipe.precision, t),
         **layers(result.winning, t),
         "stored": stored(won.size.weights),
         "facts": _facts(result, won, lang, t),
