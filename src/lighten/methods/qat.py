@@ -80,18 +80,15 @@ class Step:
         return done.module
 
     def _calibrated(self, model: Any, job: Job) -> Any:
+        """What post-training quantization gives: ranges chosen, means and spreads matched where that helps."""
         import torch
 
-        from lighten.quant.graph import fold
-        from lighten.quant.plan import calibrate, prepare
-        from lighten.quant.ranges import METHODS
+        from lighten.quant import static
 
-        images = job.data.calibrate.take(self.images)
-        inputs = (torch.from_numpy(x) for x in images.batches(job.preprocess, 32))
-        shape = tuple(images.inputs(job.preprocess, slice(0, 1)).shape[1:])
-        methods = METHODS if self.ranges == "auto" else (self.ranges,)
-        plan = prepare(fold(model, shape), job.precision, job.device, methods)
-        calibrate(plan, inputs, lambda n: job.progress("calibrating", n, len(images)))
+        images = torch.from_numpy(job.data.calibrate.take(self.images).inputs(job.preprocess))
+        parts = static.Parts(self.ranges)
+        plan = static.calibrated(model, images, job.precision, job.device, parts, job.progress)
+        static.correct(plan, model, images, static.with_biases(plan), parts)
         return plan
 
     def _train(self, graph: Any, original: Any, job: Job) -> None:

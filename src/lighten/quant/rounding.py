@@ -38,10 +38,10 @@ class Rounding:
     which drives each weight to up or down, relative to the error; `warmup` the share of steps before it sets in."""
 
     method: str = "brecq"
-    iterations: int = 600
+    iterations: int = 300
     batch: int = 32
-    lr: float = 0.01
-    lr_gain: float = 1e-3
+    lr: float = 0.03
+    lr_gain: float = 0.01
     weight: float = 0.02
     warmup: float = 0.2
     seed: int = 0

@@ -81,11 +81,12 @@ def quantize(
     real = with_biases(plan)
     if parts.rounding is not None:
         reconstruct(plan, images, parts.rounding, told, checkpoint)
-    _correct(plan, model, images, real, parts)
+    correct(plan, model, images, real, parts)
     return convert(plan)
 
 
-def _correct(plan: Plan, model: nn.Module, images: Tensor, real: dict[str, Tensor], parts: Parts) -> None:
+def correct(plan: Plan, model: nn.Module, images: Tensor, real: dict[str, Tensor], parts: Parts) -> None:
+    """Correct biases and scales of a calibrated plan as `parts.bias` says; `real` are the parameters before rounding."""
     batches = images[:STATISTICS].split(parts.batch)
     if parts.bias == "analytic":
         correct_analytic(plan, model)
