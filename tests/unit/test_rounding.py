@@ -35,6 +35,16 @@ def weights(plan: Plan) -> dict[str, Tensor]:
     return {la.name: graphs.parameter(plan.graph, la.weight).detach().clone() for la in plan.layers}
 
 
+def scales(plan: Plan) -> dict[str, Tensor]:
+    """Of each layer's weight, in the shape that divides it."""
+    found = {la: graphs.weight_observer(plan.graph, la) for la in plan.layers}
+    return {
+        la.name: o.calculate_qparams()[0].double().reshape(-1, *[1] * (o.weight.ndim - 1))
+        for la, o in found.items()
+        if o is not None and o.weight is not None
+    }
+
+
 def answers(plan: Plan, x: Tensor) -> Tensor:
     """What the quantized network answers, in simulation."""
     for observer in graphs.observers(plan.graph):
@@ -75,7 +85,7 @@ def test_of_all_ways_to_round_six_weights_the_learned_one_is_among_the_best() ->
     low = np.floor(w / scale)
     every = [error(scale * np.clip(low + ups, -7, 7)) for ups in itertools.product((0, 1), repeat=6)]
     nearest = error(scale * np.clip(np.round(w / scale), -7, 7))
-    reconstruct(plan, x, Rounding("adaround", iterations=400, batch=64, lr_gain=0))
+    reconstruct(plan, x, Rounding("adaround", iterations=400, batch=64, lr=0.01, lr_gain=0))
     learned = error(plan.graph.fc.weight.detach().double().numpy()[0])
     assert learned <= sorted(every)[2]
     assert learned < nearest / 2
@@ -122,7 +132,7 @@ def test_learned_rounding_is_nearer_to_float_than_the_nearest(method: str, kind:
         wanted = net(kind)(fresh)
     nearest = answers(plan_of(net(kind), x), fresh)
     plan = plan_of(net(kind), x)
-    reconstruct(plan, x, Rounding(method, iterations=150, batch=16))
+    reconstruct(plan, x, Rounding(method, iterations=150, batch=16, lr=0.01))
     learned = answers(plan, fresh)
     share = 1.0 if method == "qdrop" else 0.8  # it learns to bear dropped roundings, too
     assert float((learned - wanted).square().mean()) < share * float((nearest - wanted).square().mean())
@@ -131,16 +141,14 @@ def test_learned_rounding_is_nearer_to_float_than_the_nearest(method: str, kind:
 def test_every_weight_ends_on_its_grid_at_most_one_step_from_where_it_was() -> None:
     x, _ = images(32, seed=1)
     plan = plan_of(net("small"), x)
-    start = weights(plan)
+    start, before = weights(plan), scales(plan)
     reconstruct(plan, x, Rounding("brecq", iterations=30, batch=16))
-    for layer in plan.layers:
-        observer = graphs.weight_observer(plan.graph, layer)
-        assert observer is not None
-        scale = observer.calculate_qparams()[0].double().reshape(-1, *[1] * (start[layer.name].ndim - 1))
-        steps = graphs.parameter(plan.graph, layer.weight).detach().double() / scale
+    after = scales(plan)
+    for name, value in weights(plan).items():
+        steps = value.double() / after[name]
         assert float((steps - steps.round()).abs().max()) < 1e-4
         assert float(steps.abs().max()) < 7.001
-        inside = (start[layer.name].double() / scale).clamp(-7, 7)
+        inside = (start[name].double() / before[name]).clamp(-7, 7)
         assert float((steps - inside).abs().max()) < 1.001
 
 

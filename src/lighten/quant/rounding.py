@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,15 +117,6 @@ class Dropped(nn.Module):
         return self.pool[at : at + x.numel()].view(x.shape)
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What is learned together: the layers between two tensors."""
-
-    name: str
-    graph: GraphModule
-    layers: tuple[Layer, ...]
-
-
 def reconstruct(
     plan: Plan, images: Tensor, settings: Rounding, told: Told = lambda *_: None, checkpoint: Path | None = None
 ) -> None:
@@ -206,18 +198,9 @@ class _Reconstruction:
         generator = torch.Generator().manual_seed(s.seed * 100_003 + self.done)
         soft = {la: self._soften(la) for la in layers}
         drops = self._begin(part, soft, generator)
-        biases = [self._bias(la) for la in layers if la.bias]
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [m.v for m in soft.values()], "lr": s.lr},
-                {"params": [m.gain for m in soft.values()], "lr": s.lr_gain},
-                *({"params": [b], "lr": s.lr_gain * max(float(b.detach().abs().mean()), 1e-3)} for b in biases),
-            ]
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _cosine(k / s.iterations, 1.0, 0.05))
+        biases = [self._bias(la).requires_grad_(True) for la in layers if la.bias]
+        optimizer, schedule = self._optimizer(list(soft.values()), biases)
         power = float((target - target.mean()).square().mean().clamp(min=1e-12))
-        for b in biases:
-            b.requires_grad_(True)
         for k in range(s.iterations):
             rows = torch.randint(len(given), (min(s.batch, len(given)),), generator=generator)
             x = given[rows]
@@ -235,11 +218,23 @@ class _Reconstruction:
                 self.told(f"rounding {name}", self.done * s.iterations + k + 1, self.units * s.iterations)
         for b in biases:
             b.requires_grad_(False)
-        found = {la.name: dict(zip(("weight", "scale"), m.decided())) for la, m in soft.items()}
-        for layer in layers:
-            if layer.bias:
-                found[layer.name]["bias"] = self._bias(layer).detach().clone()
-        return found
+        return {la.name: self._decided(la, module) for la, module in soft.items()}
+
+    def _optimizer(self, soft: list[SoftRound], biases: list[Tensor]) -> tuple[Any, Any]:
+        """Adam for roundings, gains and biases (those at a rate relative to their size), falling along a cosine."""
+        s = self.settings
+        groups: list[dict[str, Any]] = [
+            {"params": [m.v for m in soft], "lr": s.lr},
+            {"params": [m.gain for m in soft], "lr": s.lr_gain},
+        ]
+        groups += [{"params": [b], "lr": s.lr_gain * max(float(b.detach().abs().mean()), 1e-3)} for b in biases]
+        optimizer = torch.optim.Adam(groups)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _cosine(k / s.iterations, 1.0, 0.05))
+
+    def _decided(self, layer: Layer, module: SoftRound) -> dict[str, Tensor]:
+        weight, scale = module.decided()
+        bias = {"bias": self._bias(layer).detach().clone()} if layer.bias else {}
+        return {"weight": weight, "scale": scale, **bias}
 
     def _soften(self, layer: Layer) -> SoftRound:
         observer = self._weight_observer(layer)
