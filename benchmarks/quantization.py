@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,10 @@ from lighten.formats import onnx as onnx_format
 from lighten.formats import openvino as openvino_format
 from lighten.methods.quantize import Step
 from lighten.models.load import load
+from lighten.quant.static import ends
+from lighten.search import uniform
 from lighten.tasks import classification as task
-from lighten.types import Job, Precision, Preprocess
+from lighten.types import Asked, Job, Precision, Preprocess
 
 PEERS = ("ort", "nncf_ptq", "pt2e", "mct", "aimet", "nvidia_modelopt")
 FORMATS = {".onnx": onnx_format, ".xml": openvino_format}
@@ -187,32 +188,25 @@ def floats(job: Job, room: Path) -> list[Contender]:
 
 
 def ours(job: Job, bits: str, room: Path) -> list[Contender]:
-    """lighten's files, through its public pieces."""
-    rows = []
-    for suffix, name in ((".onnx", "onnx"), (".xml", "openvino")):
-        precision = our_precision(bits)
-        if precision is None:
-            rows.append(Contender(f"lighten, {name}", note=f"{bits}: not yet"))
-            continue
-        mine = dataclasses.replace(job, precision=precision)
-        step = our_step(bits, len(job.data.calibrate))
-        folder, format = room / f"ours-{bits}-{name}", FORMATS[suffix]
-        rows.append(
-            made_by_us(f"lighten, {name}", job, precision, folder, format, partial(step.apply, job.original, mine))
-        )
+    """lighten's files: one plan, written in both formats."""
+    precision = our_precision(bits, job)
+    mine = dataclasses.replace(job, precision=precision)
+    began = time.perf_counter()
+    module = Step(images=len(job.data.calibrate)).apply(job.original, mine)
+    seconds = time.perf_counter() - began
+    rows = [
+        made_by_us(f"lighten, {name}", mine, precision, room / f"ours-{bits}-{name}", FORMATS[suffix], lambda: module)
+        for suffix, name in ((".onnx", "onnx"), (".xml", "openvino"))
+    ]
+    for row in rows:
+        row.seconds = None if row.seconds is None else row.seconds + seconds
     return rows
 
 
-def our_precision(bits: str) -> Precision | None:
-    if bits == "w8a8":
-        return Precision("int8", "int8")
-    # FILL IN W4A8: the precision with int4 weights, the first and the last layer at 8 bits.
-    return None
-
-
-def our_step(bits: str, images: int) -> Step:
-    # FILL IN W4A8: the step that reconstructs, where it is not the same.
-    return Step(images=images)
+def our_precision(bits: str, job: Job) -> Precision:
+    """What `lighten quantize --bits` takes: below 8 bits the first and the last layer keep 8."""
+    asked = Asked("ptq", bits)
+    return uniform(asked, ends(job.original, job.preprocess.input_shape) if bits == "w4a8" else ())  # type: ignore[union-attr]
 
 
 def made_by_us(

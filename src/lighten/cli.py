@@ -238,7 +238,7 @@ def quantize(
     split: Annotated[float | None, typer.Option(help="Share of outlier channels to split in two, e.g. 0.02.")] = None,
     bias: Annotated[str | None, typer.Option(help="Correct biases: analytic, empirical or reestimate.")] = None,
     block: Annotated[int | None, typer.Option(help="weight-only: consecutive weights that share a scale.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="qat: passes over the training images.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="qat: passes over the training images.")] = None,
     lr: Annotated[float | None, typer.Option(help="qat: learning rate.")] = None,
     images: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
     input_size: InputSize = None,

@@ -64,7 +64,7 @@ class Options:
     split: float | None = None
     bias: str | None = None
     block: int | None = None
-    epochs: float | None = None
+    epochs: int | None = None
     lr: float | None = None
     images: int | None = None
     name: str | None = None
@@ -147,7 +147,7 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
 
 STEPS = {
     "ptq": ("rounding", "iterations", "equalize", "split", "bias", "images"),
-    "qat": ("epochs", "lr", "equalize", "images"),
+    "qat": ("epochs", "lr", "images"),
     "dynamic": ("block",),
     "weight-only": ("block",),
 }

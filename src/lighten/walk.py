@@ -425,7 +425,7 @@ def judge(
     assert baseline.evidence is not None
     misses = budget.misses(winner.evidence, baseline.evidence, drop=final.drop.value)
     result = Result(
-        verdict="FAIL" if misses else "PASS",
+        verdict="FAIL" if misses or winner.id not in asked else "PASS",  # the original is no answer to another question
         misses=misses,
         advice=(*search.advise(trials, baseline, job.device, same_machine, misses), *advice.guilty(costs)),
         budget=budget,

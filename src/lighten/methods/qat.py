@@ -17,6 +17,10 @@ RANGES = ("auto", "min-max", "percentile", "mse", "moving-average", "entropy")
 SMALLEST_SIZE = 1e-3
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
 @dataclass(frozen=True)
 class Step:
     """`lr` is the change a step makes of a tensor, relative to its root mean square, at the peak of the one-cycle;
@@ -40,7 +44,7 @@ class Step:
         if self.ranges not in RANGES:
             raise BadConfig(f"qat: ranges is {self.ranges!r}.", f"Choose one of {', '.join(RANGES)}.")
         checks = {
-            "epochs and images must be 1 or more": self.epochs >= 1 and self.images >= 1,
+            "epochs and images must be whole numbers, 1 or more": _whole(self.epochs) and _whole(self.images),
             "batch must be 2 or more": self.batch >= 2,
             "lr must be above 0 and under 1": 0 < self.lr < 1,
             "scale_lr must be above 0 and under 1": 0 < self.scale_lr < 1,

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from lighten.quant import graph as graphs
 from lighten.quant.observers import ActivationObserver, Watcher, WeightObserver
+from lighten.quant.plan import leave_room
 from lighten.quant.ranges import SMALLEST_SCALE, Grid, Range, errors
 
 FLOOR = 1e-3
@@ -188,10 +189,9 @@ def settle(graph: GraphModule) -> None:
         if layer.weight not in restored:
             restored.add(layer.weight)
             _rescale(graph, layer.weight, learned.unit, found.ch_axis)
-        if layer.bias and source is not None:
-            bias = graphs.parameter(graph, layer.bias)
+        if source is not None:
             read = source.stand_in.scale if isinstance(source.stand_in, LearnedScale) else source.calculate_qparams()[0]
-            found.keep_above((bias.detach().abs().double() / 2**30 / read.double()).float())
+            leave_room(graph, layer, read.detach())
     for observer in graphs.observers(graph):
         _pin(observer)
 

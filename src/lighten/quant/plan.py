@@ -134,11 +134,17 @@ def _leave_room_for_biases(plan: Plan) -> None:
     bias at exactly that product (Jacob et al., 2018, eq. 11), whatever else is written beside it.
     """
     for layer in plan.layers:
-        source, weight = graphs.input_observer(plan.graph, layer), graphs.weight_observer(plan.graph, layer)
-        if layer.bias and source is not None and weight is not None:
-            bias = graphs.parameter(plan.graph, layer.bias)
-            scale, _ = source.calculate_qparams()
-            weight.keep_above((bias.detach().abs().double() / 2**30 / scale.double()).float())
+        source = graphs.input_observer(plan.graph, layer)
+        if source is not None:
+            leave_room(plan.graph, layer, source.calculate_qparams()[0])
+
+
+def leave_room(graph: GraphModule, layer: Layer, input_scale: Tensor) -> None:
+    """The same for one layer whose input has this scale."""
+    weight = graphs.weight_observer(graph, layer)
+    if layer.bias and weight is not None:
+        bias = graphs.parameter(graph, layer.bias).detach().abs().double()
+        weight.keep_above((bias / 2**30 / input_scale.double()).float())
 
 
 def _describe(plan: Plan) -> Iterable[dict[str, Any]]:
