@@ -162,8 +162,14 @@ HINTS = {
         "Give more calibration images of the kind the device will see, or allow a larger drop.",
         "请提供更多与实际场景相近的校准图片，或放宽精度下降的上限。",
     ),
-    "min_shrink": ("Quantization alone shrinks by at most about 75 %.", "仅靠量化最多缩小约 75 %。"),
-    "max_size_mb": ("Quantization alone shrinks by at most about 75 %.", "仅靠量化最多缩小约 75 %。"),
+    "min_shrink": (
+        "INT8 shrinks by about 75 %, 4-bit weights by about 87 %: lighten quantize --bits w4a8, or mixed.",
+        "INT8 约缩小 75 %，4 位权重约缩小 87 %：lighten quantize --bits w4a8 或 mixed。",
+    ),
+    "max_size_mb": (
+        "INT8 shrinks by about 75 %, 4-bit weights by about 87 %: lighten quantize --bits w4a8, or mixed.",
+        "INT8 约缩小 75 %，4 位权重约缩小 87 %：lighten quantize --bits w4a8 或 mixed。",
+    ),
     "min_speedup": ("Choose a smaller input size or a smaller architecture.", "请减小输入尺寸，或换用更小的网络。"),
     "max_latency_ms": ("Choose a smaller input size or a smaller architecture.", "请减小输入尺寸，或换用更小的网络。"),
     "max_memory_mb": (
@@ -171,6 +177,34 @@ HINTS = {
         "请减小输入尺寸；运行库本身约占 50 到 100 MB。",
     ),
 }
+
+
+NEXT = {
+    ("ptq", "w8a8"): (
+        "Try --ranges reconstruction, then --method qat.",
+        "可先试 --ranges reconstruction，再试 --method qat。",
+    ),
+    ("ptq", "w4a8"): (
+        "Try --bits mixed, which keeps the guilty layers at 8 bits, more --iterations, or --method qat.",
+        "可试 --bits mixed（让问题层保持 8 位）、增大 --iterations，或 --method qat。",
+    ),
+    ("ptq", "w4a4"): (
+        "4-bit activations usually need training: --method qat.",
+        "4 位激活通常需要训练：--method qat。",
+    ),
+    ("ptq", "mixed"): ("Allow more bytes, or try --method qat.", "放宽体积上限，或试 --method qat。"),
+    ("qat", ""): ("Train longer (--epochs), or use more bits.", "训练更久（--epochs），或用更多位。"),
+    ("weight-only", "w4"): ("Try --block 32, or --bits w8.", "可试 --block 32，或 --bits w8。"),
+}
+"""What to try where accuracy was lost, by method and bits (or for a method with any bits)."""
+
+
+def next_step(asked: Asked | None, misses: Iterable[Miss]) -> tuple[Advice, ...]:
+    """What to try next where one way to quantize lost more accuracy than allowed."""
+    if asked is None or not any(m.limit == "max_drop" for m in misses):
+        return ()
+    found = NEXT.get((asked.method, asked.bits)) or NEXT.get((asked.method, ""))
+    return (Advice(*found),) if found else ()
 
 
 def _miss_advice(miss: Miss) -> Advice:

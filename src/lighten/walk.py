@@ -427,7 +427,11 @@ def judge(
     result = Result(
         verdict="FAIL" if misses or winner.id not in asked else "PASS",  # the original is no answer to another question
         misses=misses,
-        advice=(*search.advise(trials, baseline, job.device, same_machine, misses), *advice.guilty(costs)),
+        advice=(
+            *search.advise(trials, baseline, job.device, same_machine, misses),
+            *search.next_step(settings.asked, misses),
+            *advice.guilty(costs),
+        ),
         budget=budget,
         device=job.device,
         task=job.task,

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import trial
 from lighten import search
-from lighten.types import Budget, Device, Failure, Miss, Precision, Recipe, Step, Trial
+from lighten.types import Asked, Budget, Device, Failure, Miss, Precision, Recipe, Step, Trial
 
 INT8, FLOAT16 = Precision("int8", "int8"), Precision("float16", "float16")
 QUANTIZE = (Step("quantize"),)
@@ -229,3 +229,42 @@ def test_summary_is_shrink_and_speedup() -> None:
 def test_judging_needs_the_originals_evidence() -> None:
     with pytest.raises(AssertionError):
         search.judge([int8()], replace(BASE, evidence=None), Budget())
+
+
+# --- one way to quantize ------------------------------------------------------------------------------
+
+
+def test_bits_below_8_spare_the_first_and_the_last_layer() -> None:
+    ends = ("conv1", "fc")
+    assert search.uniform(Asked("ptq", "w8a8"), ends) == Precision("int8", "int8")
+    spared = (("conv1", "int8", "int8"), ("fc", "int8", "int8"))
+    assert search.uniform(Asked("ptq", "w4a8"), ends) == Precision("int4", "int8", spared)
+    assert search.uniform(Asked("qat", "w4a4"), ends) == Precision("int4", "int4", spared)
+    weights = (("conv1", "int8", "float32"), ("fc", "int8", "float32"))
+    assert search.uniform(Asked("weight-only", "w4"), ends) == Precision("int4", "float32", weights)
+    assert search.uniform(Asked("dynamic", "w8"), ends) == Precision("int8", "dynamic")
+
+
+def test_a_method_that_cannot_give_the_bits_says_what_it_gives() -> None:
+    assert search.cannot(Asked("ptq", "mixed")) is None
+    reason = search.cannot(Asked("weight-only", "w4a8"))
+    assert reason is not None
+    assert "w8, w4" in reason
+    assert "ptq, qat, dynamic, weight-only" in str(search.cannot(Asked("qta", "w8a8")))
+
+
+def test_the_menu_of_one_way_is_that_way_in_every_format() -> None:
+    asked = Asked("qat", "w4a4", (("epochs", 2),))
+    menu = search.asked_menu(("onnx", "openvino"), asked, [Precision("int4", "int4")])
+    assert [r.format for r in menu] == ["onnx", "openvino"]
+    assert {r.steps for r in menu} == {(Step("qat", (("epochs", 2),)),)}
+
+
+@pytest.mark.parametrize(("method", "bits"), [(m, b) for m, every in search.WAYS.items() for b in every])
+def test_every_way_that_lost_too_much_says_what_to_try_next_unless_nothing_is_left(method: str, bits: str) -> None:
+    missed = [Miss("max_drop", 1.0, 3.0, " pt")]
+    got = search.next_step(Asked(method, bits), missed)
+    assert search.next_step(Asked(method, bits), []) == ()
+    assert search.next_step(None, missed) == ()
+    assert all(a.en and a.zh for a in got)
+    assert got or method == "dynamic" or (method, bits) == ("weight-only", "w8")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import BadConfig, MissingBackend
-from lighten.types import Advice, LayerCost, Precision
+from lighten.types import FLOATS, Advice, LayerCost, Precision
 
 Choice = tuple[str, str]
 Picked = tuple[LayerCost, ...]
@@ -330,9 +330,13 @@ def _allocation(
 
 
 def precision_of(picked: Sequence[LayerCost]) -> Precision:
-    """The most frequent pair as the default (on a tie, the earlier one), the other layers as sorted exceptions."""
+    """The most frequent pair as the default (on a tie, the earlier one), the other layers as sorted exceptions.
+
+    Where any layer is quantized the default is, too: a network is float or it is not, layers are left out of it.
+    """
     pairs = Counter((row.weights, row.activations) for row in picked)
-    usual = pairs.most_common(1)[0][0]
+    whole = {pair: n for pair, n in pairs.items() if pair[0] not in FLOATS}
+    usual = Counter(whole or pairs).most_common(1)[0][0]
     rest = sorted(
         (row.layer, row.weights, row.activations) for row in picked if (row.weights, row.activations) != usual
     )
