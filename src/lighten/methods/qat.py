@@ -65,11 +65,8 @@ class Step:
 
         Raises BadConfig without training images, or where the loss is not finite.
         """
-        from lighten.kit.quiet import quiet
-
-        with quiet():  # torchao logs while it is imported
-            from lighten.quant.learned import learn, settle
-            from lighten.quant.plan import convert
+        from lighten.quant.learned import learn, settle
+        from lighten.quant.plan import convert
 
         if not job.precision.quantized:
             return model

@@ -61,10 +61,7 @@ class Step:
         """The converted graph: integer weights and Q/DQ at `job.precision`. Its `meta["layers"]` says what was decided."""
         import torch
 
-        from lighten.kit.quiet import quiet
-
-        with quiet():  # torchao logs while it is imported
-            from lighten.quant import static, weight_only
+        from lighten.quant import static, weight_only
 
         if not job.precision.quantized:
             return model
