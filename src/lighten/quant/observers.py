@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ class Watcher(ObserverBase):
     def forward(self, x: Tensor) -> Tensor:
         return self.watch(x) if self.stand_in is None else self.stand_in(x)
 
+    @abstractmethod
     def watch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Take note of what passes; gives it back."""
 
+    @abstractmethod
     def decide(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Scale and zero point, from what was seen."""
 
     def pin(self, scale: Tensor, zero: Tensor) -> None:
         """From now on these are the scale and zero point, whatever was seen."""
