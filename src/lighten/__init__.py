@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lighten.data import load as load_data
+    from lighten.models.saved import load, save
     from lighten.types import Budget, Data, Precision, Preprocess, Recipe, Result
     from lighten.walk import Settings, compress
 
@@ -19,6 +20,8 @@ _HOMES = {
     "compress": "lighten.walk",
     "Settings": "lighten.walk",
     "load_data": "lighten.data",
+    "load": "lighten.models.saved",
+    "save": "lighten.models.saved",
     **dict.fromkeys(("Budget", "Data", "Precision", "Preprocess", "Recipe", "Result"), "lighten.types"),
 }
 __all__ = [
@@ -30,7 +33,9 @@ __all__ = [
     "Result",
     "Settings",
     "compress",
+    "load",
     "load_data",
+    "save",
 ]
 
 

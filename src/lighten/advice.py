@@ -1,11 +1,12 @@
-"""What the sensitivity of the layers says to a person: sentences that numbers support, in both languages."""
+"""What was measured of layers, channels and predictions, said to a person: sentences that numbers support."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from lighten.types import Advice, LayerCost
+from lighten.types import Advice, ChannelGroup, Estimate, Evidence, LayerCost, Recipe, Size, Trial, WidthCost
 
 WORST = 3
 """How many layers are named, but never more than a third of all: accusing everybody helps nobody."""
@@ -14,6 +15,9 @@ EVEN = 2.0
 HARMLESS = 1e-3
 """Nats an image under which nobody is accused: by Pinsker's inequality the probabilities of an answer then move by
 2 points in all, at most (total variation <= sqrt(KL / 2))."""
+
+WITHIN = 25.0
+"""Percent of the measured value up to which a prediction is near enough that nobody need hear of it."""
 
 
 def guilty(costs: Iterable[LayerCost]) -> tuple[Advice, ...]:
@@ -87,3 +91,134 @@ def size(count: int) -> str:
 def nats(value: float) -> str:
     """Two digits and no exponent: what is under a ten-thousandth is said to be so."""
     return "<0.0001" if 0 < value < 1e-4 else f"{value:.2g}"
+
+
+# --- narrowing, predictions, zeros ------------------------------------------------------------------
+
+
+def narrowing(
+    groups: Sequence[ChannelGroup], widths: Iterable[WidthCost], winner: Recipe, trials: Sequence[Trial]
+) -> tuple[Advice, ...]:
+    """The most sensitive channel group and the one that `winner` narrowed most, predictions that were far off, and what
+    zeros did to the file. Each only where it was measured; `trials` hold the original as well."""
+    return (*_channels(groups, widths, winner), *_far_off(trials), *_zeros(trials))
+
+
+def _channels(groups: Sequence[ChannelGroup], widths: Iterable[WidthCost], winner: Recipe) -> tuple[Advice, ...]:
+    known = {g.name: g.channels for g in groups}
+    kept = {name: w for name, w in _kept(winner).items() if name in known}
+    alone: dict[str, WidthCost] = {}
+    for row in sorted(widths, key=lambda r: r.width):  # the widest of a group stays
+        if row.width < known.get(row.group, 0) and math.isfinite(row.damage):
+            alone[row.group] = row
+    if not kept or not alone:
+        return ()
+    # Per step of 1 / share kept, so that widths which were rounded otherwise compare.
+    worst = max(alone.values(), key=lambda r: r.damage / (known[r.group] / r.width - 1))
+    least = min(kept, key=lambda name: kept[name] / known[name])
+    en, zh = _left(worst.group, known, kept)
+    there = alone.get(least)
+    at = f"; alone at {there.width} it moved the answers by {nats(there.damage)}" if there else ""
+    at_zh = f"，单独保留 {there.width} 个时损害 {nats(there.damage)} nat" if there else ""
+    total = known[worst.group]
+    return (
+        Advice(
+            f"The most sensitive channels are those of {worst.group}: {nats(worst.damage)} nats an image at {worst.width} of "
+            f"{total}; {en}. Narrowed most was {least}, {known[least]} to {kept[least]}{at}.",
+            f"最敏感的通道组是 {worst.group}：{total} 个通道保留 {worst.width} 个时每张图片损害 {nats(worst.damage)} nat，{zh}。"
+            f"变窄最多的是 {least}：从 {known[least]} 到 {kept[least]}{at_zh}。",
+        ),
+    )
+
+
+def _left(name: str, known: Mapping[str, int], kept: Mapping[str, int]) -> tuple[str, str]:
+    if kept.get(name, known[name]) >= known[name]:
+        return "the winner leaves them whole", "胜出方案没有动它"
+    return f"the winner keeps {kept[name]}", f"胜出方案保留 {kept[name]} 个"
+
+
+def _kept(recipe: Recipe) -> dict[str, int]:
+    """Channels by group, from the settings of the steps that name them."""
+    found = [dict(step.settings).get("widths") or () for step in recipe.steps if step.method == "channel_prune"]
+    return {str(name): int(width) for pairs in found for name, width in dict(pairs).items()}
+
+
+def _far_off(trials: Iterable[Trial]) -> tuple[Advice, ...]:
+    rows = [(abs(p / m - 1), t, what, p, m) for t in trials for what, p, m in _foreseen(t) if m > 0]
+    far = [row for row in rows if 100 * row[0] > WITHIN]
+    if not far:
+        return ()
+    _, trial, what, predicted, measured = max(far, key=lambda row: row[0])
+    names = {"size": ("its size", "大小", "MB"), "latency": ("its latency", "延迟", "ms")}
+    name, name_zh, unit = names[what]
+    return (
+        Advice(
+            f"{len(far)} of {len(rows)} predictions were off by more than {WITHIN:.0f} %. Furthest was {trial.recipe.title}: "
+            f"{name} was predicted as {predicted:.3g} {unit} and measured as {measured:.3g} {unit}. Go by what was measured.",
+            f"{len(rows)} 个预测中有 {len(far)} 个误差超过 {WITHIN:.0f}%。偏差最大的是 {trial.recipe.title}："
+            f"{name_zh}预测为 {predicted:.3g} {unit}，实测 {measured:.3g} {unit}。请以实测为准。",
+        ),
+    )
+
+
+def _foreseen(trial: Trial) -> list[tuple[str, float, float]]:
+    """What was predicted (MB, ms) beside what was measured."""
+    p, got = trial.predicted, trial.evidence
+    if p is None or got is None:
+        return []
+    time = [] if p.latency_ms is None else [("latency", p.latency_ms, got.p50(1))]
+    return [("size", p.bytes / 1e6, got.size.mb), *time]
+
+
+def _zeros(trials: Sequence[Trial]) -> tuple[Advice, ...]:
+    """Of the sparsified file with most zeros; beside the same recipe without the step, where that was measured."""
+    sparse = [(t, t.evidence) for t in trials if t.evidence and any(s.method == "sparsify" for s in t.recipe.steps)]
+    if not sparse:
+        return ()
+    trial, got = max(sparse, key=lambda row: _zero_share(row[1].size))
+    share, en, zh = _zero_share(got.size), "", ""
+    if (twin := _dense_twin(trial.recipe, trials)) is not None:
+        en = f" Without that step the file takes {size(twin.size.bytes)}, {size(twin.size.gzip_bytes)} after gzip."
+        zh = f"不做这一步时文件为 {size(twin.size.bytes)}，gzip 后 {size(twin.size.gzip_bytes)}。"
+    return (
+        Advice(
+            f"{trial.recipe.title} stores {share:.0%} zeros and takes {size(got.size.bytes)}, {size(got.size.gzip_bytes)} after "
+            f"gzip.{en} A zero takes as many bytes in the file as any other value; to shrink the file itself, narrow the "
+            "network or lower its bits.",
+            f"{trial.recipe.title} 的权重中有 {share:.0%} 是零，文件为 {size(got.size.bytes)}，gzip 后 {size(got.size.gzip_bytes)}。"
+            f"{zh}零在文件里与其他数值占用同样多的字节；要缩小文件本身，请减少通道或降低位数。",
+        ),
+    )
+
+
+def _zero_share(stored: Size) -> float:
+    values = sum(math.prod(w.shape) for w in stored.weights)
+    return sum(w.zeros * math.prod(w.shape) for w in stored.weights) / values if values else 0.0
+
+
+def _dense_twin(recipe: Recipe, trials: Iterable[Trial]) -> Evidence | None:
+    """The same recipe without zeros."""
+    steps = tuple(s for s in recipe.steps if s.method != "sparsify")
+    wanted = dataclasses.replace(recipe, steps=steps)
+    return next((t.evidence for t in trials if t.evidence and t.recipe == wanted), None)
+
+
+SEEN = 4.0
+"""Standard errors by which the original must do better on the select images than on the report images."""
+
+
+def seen_before(select: Estimate, report: Estimate) -> tuple[Advice, ...]:
+    """Where the original knows the select images too well: it was probably trained on them, and everything that was
+    trained anew looks worse beside it than it is."""
+    error = math.hypot(select.error, report.error)
+    if select.value - report.value <= SEEN * error:
+        return ()
+    return (
+        Advice(
+            f"The original answers {select.value:.1f} % of the select images but only {report.value:.1f} % of the report "
+            "images: it was probably trained on the former, so drops measured there look larger than they are. Name the "
+            "images that it was not trained on with --held-out.",
+            f"原模型在选择集上的正确率为 {select.value:.1f} %，在报告集上只有 {report.value:.1f} %：它很可能用选择集的图片训练过，"
+            "因此在那里测得的精度下降偏大。请用 --held-out 指出它没有训练过的图片。",
+        ),
+    )

@@ -7,6 +7,8 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a trained vision model and a budget to verified files that run on the device.",
 )
+
+
+def _option(kind: Any, told: str) -> Any:
+    """An option that may be left out."""
+    return Annotated[kind | None, typer.Option(help=told)]
+
 
 Lang = Annotated[str, typer.Option(help="Language of labels and reports: en or zh.")]
 Numbers = Annotated[str | None, typer.Option(help="Comma-separated, one per channel, e.g. 0.485,0.456,0.406.")]
@@ -165,104 +173,150 @@ def inspect(
         console.print("[green]The calibration doctor found nothing wrong.[/]")
 
 
-@app.command()
-def compress(
-    model: Model = None,
-    config: Config = None,
-    arch: Arch = None,
-    classes: Classes = None,
-    data: Images = None,
-    device: Target = None,
-    max_drop: MaxDrop = None,
-    min_shrink: MinShrink = None,
-    max_size_mb: MaxSize = None,
-    min_speedup: Annotated[
-        float | None, typer.Option(help="Times faster than the original's ONNX file, one thread.")
-    ] = None,
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="Median, one image, one thread, on this machine.")
-    ] = None,
-    max_memory_mb: Annotated[float | None, typer.Option(help="Peak of the process that runs single images.")] = None,
-    time: Annotated[str | None, typer.Option(help="Start no new trial after, e.g. 90s, 20m, 1h.")] = None,
-    input_size: InputSize = None,
-    resize: Resize = None,
-    interpolation: Interpolation = None,
-    mean: Numbers = None,
-    std: Numbers = None,
-    channel_order: ChannelOrder = None,
-    formats: Formats = None,
-    precisions: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated of float32, float16, int8, int4, int8-dynamic, int8-weights, int4-weights "
-            "[float32,float16,int8]."
-        ),
-    ] = None,
-    ranges: Ranges = None,
-    sensitivity: Annotated[
-        bool | None, typer.Option("--sensitivity", help="Also measure what each layer costs alone.")
-    ] = None,
-    name: Name = None,
-    out: Out = None,
-    seed: Seed = None,
-    lang: Messages = None,
-    strict: Strict = None,
-    fresh: Fresh = None,
-    trust_code: TrustCode = None,
-) -> None:
+Command = Callable[..., None]
+INPUT = (
+    "model", "config", "arch", "classes", "data", "held_out", "device", "max_drop", "min_shrink", "max_size_mb", "time",
+)  # fmt: skip
+RUN = (
+    "input_size", "resize", "interpolation", "mean", "std", "channel_order", "formats", "name", "out", "seed", "lang",
+    "strict", "fresh", "trust_code",
+)  # fmt: skip
+TRAINING = ("epochs", "lr")
+OPTIONS: dict[str, Any] = {
+    "model": Model,
+    "config": Config,
+    "arch": Arch,
+    "classes": Classes,
+    "data": Images,
+    "held_out": _option(Path, "Text file: training images that the model was not trained on, one a line."),
+    "device": Target,
+    "max_drop": MaxDrop,
+    "min_shrink": MinShrink,
+    "max_size_mb": MaxSize,
+    "min_speedup": _option(float, "Times faster than the original's ONNX file, one thread."),
+    "max_latency_ms": _option(float, "Median, one image, one thread, on this machine."),
+    "max_memory_mb": _option(float, "Peak of the process that runs single images."),
+    "time": _option(str, "All the time there is, e.g. 90s, 20m, 1h."),
+    "input_size": InputSize,
+    "resize": Resize,
+    "interpolation": Interpolation,
+    "mean": Numbers,
+    "std": Numbers,
+    "channel_order": ChannelOrder,
+    "formats": Formats,
+    "precisions": _option(
+        str, "Comma-separated of float32, float16, int8, int4, int8-dynamic, int8-weights, int4-weights."
+    ),
+    "ranges": Ranges,
+    "sensitivity": Annotated[
+        bool | None, typer.Option("--sensitivity/--no-sensitivity", help="Measure what each layer costs alone.")
+    ],
+    "narrow": Annotated[
+        bool | None,
+        typer.Option("--narrow/--no-narrow", help="Prune and train where quantization misses the budget [yes]."),
+    ],
+    "name": Name,
+    "out": Out,
+    "seed": Seed,
+    "lang": Messages,
+    "strict": Strict,
+    "fresh": Fresh,
+    "trust_code": TrustCode,
+    "method": _option(str, "ptq, qat, dynamic or weight-only [ptq]."),
+    "bits": _option(str, "w8a8, w4a8, w4a4 or mixed; w8 or w4 where weights alone are [w8a8, w8]."),
+    "rounding": _option(str, "nearest, adaround, brecq or qdrop [learned where weights have 4 bits]."),
+    "iterations": _option(int, "Steps of learned rounding, for each block."),
+    "equalize": Annotated[bool | None, typer.Option("--equalize", help="Equalize channels across layers first.")],
+    "split": _option(float, "Share of outlier channels to split in two, e.g. 0.02."),
+    "bias": _option(str, "Correct biases: analytic, empirical or reestimate."),
+    "block": _option(int, "weight-only: consecutive weights that share a scale."),
+    "images": _option(int, "Calibration images."),
+    "epochs": _option(float, "Passes over the training images; 0.5 is half of them once."),
+    "lr": _option(float, "Peak of the learning rate."),
+    "ratio": _option(float, "Share to remove: of the channels (prune) or of the weights (sparsify)."),
+    "scope": _option(str, "global: compared over all layers; local: the same share of each."),
+    "importance": _option(str, "l1, l2, bn-scale, taylor, hessian or random."),
+    "keep": _option(str, "Comma-separated layers to leave alone."),
+    "rounds": _option(int, "Remove in so many rounds, with recovery between."),
+    "recover": _option(int, "Training images between two rounds."),
+    "max_damage": _option(float, "Stop pruning where this many points of top-1 are lost, and go back one round."),
+    "sparse": _option(float, "Epochs of training towards sparse channel groups before pruning."),
+    "pattern": _option(str, "unstructured, or N:M such as 2:4 (N of M weights are kept)."),
+    "energy": _option(float, "Share of each layer's response that its factors keep, e.g. 0.95."),
+    "student": _option(str, "Another architecture to train instead, e.g. timm:NAME."),
+    "teacher_share": _option(float, "The teacher's share of the loss; at 1 labels are not read [0.9]."),
+    "temperature": _option(float, "Of the softened answers [4]."),
+    "loss": _option(str, "kd or dkd."),
+    "features": _option(float, "Weight of matching the features inside [0]."),
+}
+"""Every option of the commands that walk; each is a field of frontdesk.Options."""
+
+
+def _walks(*names: str) -> Callable[[Callable[[], None]], Command]:
+    """A command with the options `names`; its function only says what it is called and, in its docstring, does."""
+
+    def make(described: Callable[[], None]) -> Command:
+        def command(**given: Any) -> None:
+            config = given.pop("config", None)
+            chosen = {k: v for k, v in given.items() if v is not None}
+            _walk({**METHODS.get(described.__name__, {}), **chosen}, config)
+
+        rows = [Parameter(n, Parameter.KEYWORD_ONLY, default=None, annotation=OPTIONS[n]) for n in names]
+        command.__signature__ = Signature(rows)  # type: ignore[attr-defined]
+        command.__annotations__ = {n: OPTIONS[n] for n in names}
+        command.__name__, command.__doc__ = described.__name__, described.__doc__
+        return app.command()(command)
+
+    return make
+
+
+METHODS = {
+    "quantize": {"method": "ptq"},
+    **{name: {"method": name} for name in ("prune", "distill", "finetune", "sparsify", "factorize")},
+}
+
+
+@_walks(*INPUT, "min_speedup", "max_latency_ms", "max_memory_mb", "precisions", "ranges", "sensitivity", "narrow", *RUN)
+def compress() -> None:
     """Find the best file inside a budget; exit code 0 PASS, 3 FAIL. Run it again to continue."""
-    given = {k: v for k, v in locals().items() if k != "config" and v is not None}
-    _walk(given, config)
 
 
-@app.command()
-def quantize(
-    model: Model = None,
-    config: Config = None,
-    arch: Arch = None,
-    classes: Classes = None,
-    data: Images = None,
-    device: Target = None,
-    max_drop: MaxDrop = None,
-    min_shrink: MinShrink = None,
-    max_size_mb: MaxSize = None,
-    method: Annotated[str, typer.Option(help="ptq, qat, dynamic or weight-only.")] = "ptq",
-    bits: Annotated[
-        str | None, typer.Option(help="w8a8, w4a8, w4a4 or mixed; w8 or w4 where weights alone are [w8a8, w8].")
-    ] = None,
-    rounding: Annotated[
-        str | None, typer.Option(help="nearest, adaround, brecq or qdrop [learned where weights have 4 bits].")
-    ] = None,
-    iterations: Annotated[int | None, typer.Option(help="Steps of learned rounding, for each block.")] = None,
-    equalize: Annotated[bool | None, typer.Option("--equalize", help="Equalize channels across layers first.")] = None,
-    split: Annotated[float | None, typer.Option(help="Share of outlier channels to split in two, e.g. 0.02.")] = None,
-    bias: Annotated[str | None, typer.Option(help="Correct biases: analytic, empirical or reestimate.")] = None,
-    block: Annotated[int | None, typer.Option(help="weight-only: consecutive weights that share a scale.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="qat: passes over the training images.")] = None,
-    lr: Annotated[float | None, typer.Option(help="qat: learning rate.")] = None,
-    images: Annotated[int | None, typer.Option(help="Calibration images.")] = None,
-    input_size: InputSize = None,
-    resize: Resize = None,
-    interpolation: Interpolation = None,
-    mean: Numbers = None,
-    std: Numbers = None,
-    channel_order: ChannelOrder = None,
-    formats: Formats = None,
-    ranges: Ranges = None,
-    sensitivity: Annotated[
-        bool | None, typer.Option("--sensitivity/--no-sensitivity", help="Measure what each layer costs alone [yes].")
-    ] = None,
-    name: Name = None,
-    out: Out = None,
-    seed: Seed = None,
-    lang: Messages = None,
-    strict: Strict = None,
-    fresh: Fresh = None,
-    trust_code: TrustCode = None,
-) -> None:
+@_walks(
+    *INPUT, "method", "bits", "rounding", "iterations", "equalize", "split", "bias", "block", "images", *TRAINING,
+    "ranges", "sensitivity", *RUN,
+)  # fmt: skip
+def quantize() -> None:
     """Quantize one way, measure it, and say which layer is guilty; exit code 0 PASS, 3 FAIL (--max-drop)."""
-    given = {k: v for k, v in locals().items() if k != "config" and v is not None}
-    _walk(given, config)
+
+
+@_walks(
+    *INPUT, "ratio", "scope", "importance", "keep", "rounds", "recover", "max_damage", "sparse", *TRAINING,
+    "precisions", *RUN,
+)  # fmt: skip
+def prune() -> None:
+    """Remove channels and let the original teach what is left; writes network.safetensors beside each file."""
+
+
+@_walks(
+    *INPUT, "student", "teacher_share", "temperature", "loss", "features", *TRAINING, "precisions", *RUN,
+)  # fmt: skip
+def distill() -> None:
+    """Train on with the original as the teacher, or train a smaller student (--student timm:NAME)."""
+
+
+@_walks(*INPUT, *TRAINING, "precisions", *RUN)
+def finetune() -> None:
+    """Re-estimate batch norms and train on with the labels alone."""
+
+
+@_walks(*INPUT, "ratio", "pattern", "scope", "rounds", "keep", *TRAINING, "precisions", *RUN)
+def sparsify() -> None:
+    """Set weights to zero, single ones or N of M; says what zeros do to size and time, and what they do not."""
+
+
+@_walks(*INPUT, "energy", "keep", *TRAINING, "precisions", *RUN)
+def factorize() -> None:
+    """Replace wide layers by two narrow ones of low rank, where that pays."""
 
 
 def _walk(given: dict[str, Any], config: Path | None) -> None:
@@ -331,6 +385,50 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/
 
     for path in write(read_result(folder), folder, lang=_language(lang)):
         console.print(str(path), soft_wrap=True)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where run folders are.")] = Path("runs"),
+    as_json: Json = False,
+    lang: Lang = "en",
+) -> None:
+    """The leaderboard of all runs in a folder; unfinished and damaged ones too."""
+    from lighten.runs import leaderboard, read_runs
+    from lighten.terminal import print_runs
+
+    _language(lang)
+    rows = leaderboard(read_runs(folder))
+    _print_json(list(rows)) if as_json else print_runs(rows, str(folder), lang)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A run, by name or folder.")],
+    b: Annotated[str, typer.Argument(help="The run to hold against it.")],
+    out: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
+    as_json: Json = False,
+    lang: Lang = "en",
+) -> None:
+    """Two finished runs beside each other: recipe, budget, figures with their errors, classes."""
+    from lighten.runs import compare as held_against
+    from lighten.runs import find_run
+    from lighten.terminal import print_comparison
+
+    _language(lang)
+    found = held_against(find_run(a, out), find_run(b, out))
+    _print_json(found) if as_json else print_comparison(found, lang)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    from lighten.types import to_json
+
+    typer.echo(json.dumps(to_json(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 @app.command()

@@ -11,7 +11,8 @@ from typing import Any
 
 from lighten.config import read_yaml
 from lighten.errors import BadConfig, LightenError, MissingBackend
-from lighten.types import Asked, Budget, Device, Precision, Preprocess, Progress, Result, silent
+from lighten.search import WAYS
+from lighten.types import Asked, Budget, Device, Precision, Preprocess, Progress, Result, Step, silent
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -29,15 +30,17 @@ class ModelIn:
 
 @dataclass(frozen=True)
 class Options:
-    """Every option of `lighten compress` and `lighten quantize`, as a YAML file or the command line gives it.
+    """Every option of `lighten compress` and of the commands of single methods, as a YAML file or the command line
+    gives it.
 
-    With a `method` one way to quantize is tried (with the settings after it), without one the whole menu.
+    With a `method` one way is tried (with the settings after it), without one the search has its way.
     """
 
     model: str | None = None
     arch: str | None = None
     classes: int | None = None
     data: Any = None
+    held_out: Any = None
     device: str = "this-machine"
     max_drop: float | None = None
     min_shrink: float | None = None
@@ -56,6 +59,7 @@ class Options:
     precisions: Any = None
     ranges: str = "auto"
     sensitivity: bool | None = None
+    narrow: bool = True
     method: str | None = None
     bits: str | None = None
     rounding: str | None = None
@@ -64,9 +68,24 @@ class Options:
     split: float | None = None
     bias: str | None = None
     block: int | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     lr: float | None = None
     images: int | None = None
+    ratio: float | None = None
+    scope: str | None = None
+    importance: str | None = None
+    keep: Any = None
+    rounds: int | None = None
+    recover: int | None = None
+    max_damage: float | None = None
+    sparse: float | None = None
+    pattern: str | None = None
+    energy: float | None = None
+    student: str | None = None
+    teacher_share: float | None = None
+    temperature: float | None = None
+    loss: str | None = None
+    features: float | None = None
     name: str | None = None
     out: Any = "runs"
     seed: int = 0
@@ -116,7 +135,9 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
             precisions=_words(options.precisions),
             ranges=options.ranges,
             asked=asked(options),
-            sensitivity=options.method is not None if options.sensitivity is None else options.sensitivity,
+            steps=steps(options),
+            sensitivity=options.method in WAYS if options.sensitivity is None else options.sensitivity,
+            narrow=options.narrow,
             strict=options.strict,
             fresh=options.fresh,
             lang=options.lang,
@@ -133,13 +154,17 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
     for notice in loaded.notices:
         log(notice)
     data = "demo" if options.data is None else options.data
+    if options.held_out is not None:
+        from lighten.data import load, read_held_out
+
+        data = load(data, seed=options.seed, held_out=read_held_out(Path(options.held_out)), progress=progress)
     return compress(
         loaded.module,
         data,
         budget,
         device or "this-machine",
         preprocess=loaded.preprocess,
-        settings=settings,
+        settings=dataclasses.replace(settings, arch=loaded.arch),
         progress=progress,
         log=log,
     )
@@ -150,34 +175,82 @@ STEPS = {
     "qat": ("epochs", "lr", "images"),
     "dynamic": ("block",),
     "weight-only": ("block",),
+    "prune": ("ratio", "scope", "importance", "keep", "rounds", "recover", "max_damage", "sparse", "epochs", "lr"),
+    "distill": ("student", "teacher_share", "temperature", "loss", "features", "epochs", "lr"),
+    "finetune": ("epochs", "lr"),
+    "sparsify": ("ratio", "pattern", "scope", "rounds", "keep", "epochs", "lr"),
+    "factorize": ("energy", "keep", "epochs", "lr"),
 }
 """Which settings each method has."""
+PLUGINS = {"prune": "channel_prune", "factorize": "low_rank"}
+"""Methods whose command is called otherwise than their file."""
+TRAINING_SHARE = 0.7
+"""Of the time given, how much a command of one method may train."""
+
+
+def given_settings(options: Options) -> dict[str, Any]:
+    """The settings that were given. Raises BadConfig on one that the method does not have."""
+    every = dict.fromkeys(name for names in STEPS.values() for name in names)
+    given = {k: getattr(options, k) for k in every if getattr(options, k) is not None}
+    if options.method is None and (given or options.bits):
+        raise BadConfig(
+            f"{next(iter([*given, 'bits']))} is given without a method.",
+            "Add --method, or use the method's own command (lighten quantize, lighten prune, ...).",
+        )
+    if options.method is not None and options.method not in STEPS:
+        raise BadConfig(f"There is no method {options.method!r}.", f"Choose one of {', '.join(STEPS)}.")
+    if strange := [k for k in given if k not in STEPS.get(options.method or "", ())]:
+        raise BadConfig(
+            f"method {options.method} has no setting {strange[0]}.",
+            f"It has {', '.join(STEPS[options.method or ''])}.",
+        )
+    return given
 
 
 def asked(options: Options) -> Asked | None:
     """The one way to quantize that the options name. Raises BadConfig on a setting that the method does not have."""
-    every = dict.fromkeys(name for names in STEPS.values() for name in names)
-    given = {k: getattr(options, k) for k in every if getattr(options, k) is not None}
-    if options.method is None:
-        if given or options.bits:
-            raise BadConfig(
-                f"{next(iter([*given, 'bits']))} is given without a method.", "Add --method, or use lighten quantize."
-            )
+    given = given_settings(options)
+    if options.method not in WAYS:
         return None
-    if strange := [k for k in given if k not in STEPS.get(options.method, every)]:
-        raise BadConfig(
-            f"method {options.method} has no setting {strange[0]}.",
-            f"It has {', '.join(STEPS[options.method])}.",
-        )
+    if isinstance(given.get("epochs"), float) and given["epochs"].is_integer():
+        given["epochs"] = int(given["epochs"])
     bits = options.bits or ("w8" if options.method in ("dynamic", "weight-only") else "w8a8")
     if options.ranges != "auto":
         given["ranges"] = options.ranges
     return Asked(options.method, bits, tuple(sorted(given.items())))
 
 
+def steps(options: Options) -> tuple[Step, ...]:
+    """The steps of the one method that the options name, if it does not quantize: pruning is followed by training
+    with the original as the teacher. Raises BadConfig on a setting that the method does not have."""
+    given = given_settings(options)
+    if options.method is None or options.method in WAYS:
+        return ()
+    if options.bits:
+        raise BadConfig(f"bits are given with method {options.method}.", "Use --precisions int8, or lighten quantize.")
+    if "keep" in given:
+        given["keep"] = _words(given["keep"])
+    if "teacher_share" in given:
+        given["distill"] = given.pop("teacher_share")
+    limit = seconds(options.time)
+    allowed = {} if limit is None else {"seconds": round(TRAINING_SHARE * limit, 1)}
+    method = PLUGINS.get(options.method, options.method)
+    if options.method != "prune":
+        timed = allowed if options.method in ("distill", "finetune") else {}
+        return (_step(method, {**given, **timed}),)
+    training: dict[str, Any] = {k: given.pop(k) for k in ("epochs", "lr") if k in given}
+    if training.get("epochs") == 0:
+        return (_step(method, given),)
+    return _step(method, given), _step("distill", {**training, **allowed})
+
+
+def _step(method: str, settings: dict[str, Any]) -> Step:
+    return Step(method, tuple(sorted(settings.items())))
+
+
 def model_name(options: Options) -> str:
     """A short name for run folder and report."""
-    name = (options.arch or options.model or "model").rpartition(":")[2]
+    name = (options.arch or Path(options.model or "model").stem).rpartition(":")[2]
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name) or "model"
 
 
@@ -239,31 +312,35 @@ class Loaded:
     module: Any
     preprocess: Preprocess | None
     notices: tuple[str, ...]
+    arch: str
 
 
 def load_model(wanted: ModelIn) -> Loaded:
     """Architecture, weights and preprocessing. Raises BadModel and its kin."""
     _need_compress()
     from lighten.data import demo
+    from lighten.models import saved
     from lighten.models.load import load, own_preprocess
 
     if wanted.path == "demo":
         module, _ = load(demo.WEIGHTS, "lighten:resnet20", classes=10)
-        return Loaded(module, demo.PREPROCESS, ())
-    if wanted.arch is None:
+        return Loaded(module, demo.PREPROCESS, (), "lighten:resnet20")
+    told = saved.told(Path(wanted.path)) or {}
+    arch = wanted.arch or told.get("arch")
+    if not arch:
         raise BadConfig(
             "--arch is not given.",
             "Write --arch torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.",
         )
-    module, notices = load(Path(wanted.path), wanted.arch, classes=wanted.classes, trust_code=wanted.trust_code)
-    known = own_preprocess(wanted.arch, module)
+    module, notices = load(Path(wanted.path), arch, classes=wanted.classes, trust_code=wanted.trust_code)
+    known = saved.preprocess_in(told) or own_preprocess(arch, module)
     how = preprocess_of(wanted.preprocess, known)
     if how is known and known is not None:
         notices = (
             *notices,
             f"preprocessing is taken from {known.source}: if you trained with another, give --input-size, --mean, --std.",
         )
-    return Loaded(module, how, notices)
+    return Loaded(module, how, notices, arch)
 
 
 def preprocess_of(given: dict[str, Any], known: Preprocess | None) -> Preprocess | None:
@@ -348,7 +425,7 @@ def inspect_model(wanted: ModelIn, data: str | None, device: str, progress: Prog
     count = sum(p.numel() for p in model.parameters())
     rows = {
         "weights": wanted.path,
-        "architecture": wanted.arch or "lighten:resnet20",
+        "architecture": loaded.arch,
         "parameters": f"{count / 1e6:.2f} million ({count * 4 / 1e6:.1f} MB as float32)",
         "preprocessing": describe(how) if how else "not known: give --input-size, --mean, --std",
     }
@@ -404,6 +481,8 @@ model: model.safetensors          # weights: .safetensors, or a .pth of state_di
 arch: torchvision:resnet18        # torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE
 # classes: 10                     # read off the weights if not given
 data: photos                      # a folder of class folders (or train/ and val/ of them), cifar10, fashion-mnist
+# held_out: held-out.txt          # images that the model was not trained on, one a line: only these are calibrated and
+                                  # selected on (else drops look larger than they are)
 device: this-machine              # x86-vnni, x86-avx2, raspberry-pi-4, raspberry-pi-5, android-arm64
 
 # The budget. Leave out what does not matter.
@@ -413,7 +492,7 @@ min_shrink: 70                    # percent of the bytes that must go
 # min_speedup: 2                  # times faster than the original's ONNX file, one thread
 # max_latency_ms: 20              # median of one image, one thread, on this machine
 # max_memory_mb: 200
-# time: 20m                       # start no new trial after this
+# time: 20m                       # all the time there is
 
 # How an image becomes an input. Only where the weights' own description (timm, torchvision) is not right.
 # input_size: 224                 # or 224x320, height x width
@@ -438,8 +517,27 @@ min_shrink: 70                    # percent of the bytes that must go
 # split: 0.02                     # share of outlier channels that are split in two
 # bias: none                      # analytic, empirical, reestimate
 # block: 32                       # weight-only: consecutive weights that share a scale
-# epochs: 1                       # qat: passes over the training images
-# lr: 0.0001                      # qat
+# epochs: 1                       # passes over the training images, for every method that trains
+# lr: 0.0001                      # peak of the learning rate
+
+# One method instead of the search, as `lighten prune` and its kin do; then precisions says what is exported.
+# method: prune                   # distill, finetune, sparsify, factorize
+# ratio: 0.5                      # prune: share of the channels; sparsify: share of the weights
+# scope: global                   # local: the same share of each layer
+# importance: l2                  # l1, bn-scale, taylor, hessian, random
+# keep: [fc]                      # layers to leave alone
+# rounds: 1                       # prune and sparsify in so many rounds
+# recover: 5000                   # prune: training images between two rounds
+# max_damage: 5                   # prune: stop where so many points of top-1 are lost
+# sparse: 1                       # prune: epochs of training towards sparse channel groups first
+# pattern: 2:4                    # sparsify: N of M weights are kept; else unstructured
+# energy: 0.95                    # factorize: share of each layer's response that is kept
+# student: timm:mobilenetv3_small_100   # distill: another architecture to train instead
+# teacher_share: 0.9              # distill: at 1 labels are not read
+# temperature: 4                  # distill
+# loss: kd                        # distill: or dkd
+# features: 0                     # distill: weight of matching the features inside
+# narrow: true                    # false: compress never prunes or trains
 # images: 512                     # calibration images
 # name: my-run                    # the folder runs/my-run
 # seed: 0

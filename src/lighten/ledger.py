@@ -7,26 +7,31 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lighten.data.cache import room_to_write
 from lighten.errors import BadBundle, RunLocked
-from lighten.types import Final, LayerCost, Trial, from_json, to_json
+from lighten.types import Final, LayerCost, Recipe, Trial, WidthCost, from_json, to_json
 
 NAME = "ledger.jsonl"
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a run folder's ledger holds. `fingerprint` names the question; trials answer it."""
+    """What a run folder's ledger holds. `fingerprint` names the question; trials answer it.
+
+    `planned` are recipes that were decided on, so that a resumed run does not decide anew with less time left.
+    """
 
     path: Path
     fingerprint: str
     trials: tuple[Trial, ...] = ()
     final: tuple[str, Final] | None = None
     costs: tuple[LayerCost, ...] = ()
+    widths: tuple[WidthCost, ...] = ()
+    planned: tuple[Recipe, ...] = ()
 
     def append(self, kind: str, value: Any) -> Ledger:
         """The ledger with one more line, which is on disk when this returns."""
@@ -35,7 +40,26 @@ class Ledger:
             out.write(line.encode())
             out.flush()
             os.fsync(out.fileno())
-        return read(self.path, self.fingerprint)
+        return self.holding(json.loads(line))
+
+    def holding(self, row: dict[str, Any]) -> Ledger:
+        """The ledger after one line; lines of kinds that this version does not know are passed over."""
+        kind, value = row["kind"], row["value"]
+        match kind:
+            case "run":
+                return replace(self, fingerprint=value["fingerprint"])
+            case "trial":
+                trial = from_json(Trial, value)
+                return replace(self, trials=tuple({**{t.id: t for t in self.trials}, trial.id: trial}.values()))
+            case "cost":
+                return replace(self, costs=(*self.costs, from_json(LayerCost, value)))
+            case "width":
+                return replace(self, widths=(*self.widths, from_json(WidthCost, value)))
+            case "planned":
+                return replace(self, planned=(*self.planned, from_json(Recipe, value)))
+            case "final":
+                return replace(self, final=(value["winner"], from_json(Final, value["final"])))
+        return self
 
 
 def open_ledger(folder: Path, fingerprint: str) -> Ledger:
@@ -51,30 +75,18 @@ def open_ledger(folder: Path, fingerprint: str) -> Ledger:
 
 def read(path: Path, fingerprint: str | None = None) -> Ledger:
     """Every whole line of a ledger. Raises BadBundle naming a damaged line, or a fingerprint that differs."""
-    trials: dict[str, Trial] = {}
-    costs: list[LayerCost] = []
-    final, found = None, ""
+    book = Ledger(path, "")
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
-            kind, value = row["kind"], row["value"]
-            if kind == "run":
-                found = value["fingerprint"]
-            elif kind == "trial":
-                trial = from_json(Trial, value)
-                trials[trial.id] = trial
-            elif kind == "cost":
-                costs.append(from_json(LayerCost, value))
-            elif kind == "final":
-                final = (value["winner"], from_json(Final, value["final"]))
+            book = book.holding(json.loads(line))
         except (ValueError, KeyError, TypeError) as e:
             raise BadBundle(f"{path}, line {number} is damaged ({e}).", "Start afresh with --fresh.") from e
-    if fingerprint is not None and found != fingerprint:
+    if fingerprint is not None and book.fingerprint != fingerprint:
         raise BadBundle(
             f"{path.parent} holds a run of another model, data, budget or device.",
             "Give another --name, or --fresh to throw that run away.",
         )
-    return Ledger(path, found, tuple(trials.values()), final, tuple(costs))
+    return book
 
 
 def _mend(path: Path) -> None:

@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+CALLBACKS = ("progress", "say")
+
+
 def to_json(value: Any) -> Any:
     """Nested dataclasses as plain dicts, lists and scalars. NaN and infinity become None: JSON has neither."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "progress"}
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in CALLBACKS}
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

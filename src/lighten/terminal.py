@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +21,9 @@ from rich.progress import (
 from rich.table import Table
 
 from lighten.types import Evidence, Result, Trial, shrink, speedup
+
+if TYPE_CHECKING:
+    from lighten.runs import Beside, Comparison, Standing
 
 # Piped output is for logs and other programs: wide enough that nothing is cut.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -125,6 +128,13 @@ def print_result(result: Result, lang: str) -> None:
     console.print(f"[bold {color}]{result.verdict}[/]  {escape(said)}", soft_wrap=True)
     for miss in result.misses:
         console.print(f"  [red]✗[/] {escape(str(miss))}")
+    for line in winner.notes:
+        console.print(f"  {escape(line)}", style="dim", soft_wrap=True)
+    if result.spent:
+        minutes = f"{sum(seconds for _, seconds in result.spent) / 60:.1f}"
+        allowed = f"{result.budget.time_s / 60:.1f}" if result.budget.time_s else "—"
+        spent = f"用时 {minutes} 分钟（允许 {allowed}）" if lang == "zh" else f"took {minutes} min (allowed: {allowed})"
+        console.print(f"  {spent}")
     for label, file in (("bundle", "bundle"), ("report", "report.html")):
         console.print(f"  {label}  {result.path}/{file}", soft_wrap=True)
 
@@ -146,3 +156,164 @@ def pairs(title: str, rows: dict[str, Any]) -> None:
         table.add_row(name, escape(str(value)))
     console.print(table)
     console.print()
+
+
+# --- runs beside each other ---------------------------------------------------------------------------
+
+MARKS = {
+    "PASS": "[bold green]PASS[/]",
+    "FAIL": "[bold red]FAIL[/]",
+    "unfinished": "[yellow]…[/]",
+    "damaged": "[red]✗[/]",
+}
+CLASSES_SHOWN = 20
+ZH = {
+    "run": "运行",
+    "smaller": "缩小",
+    "drop": "下降",
+    "speed": "加速",
+    "best of {n} trials so far, drop on the select images": "{n} 次试验中目前最好的，下降来自选择图片",
+    "unfinished, {n} trials, none beside the original": "未完成，{n} 次试验，除原模型外尚无结果",
+    "breaks": "超出预算",
+    "No runs in {folder}.": "{folder} 中没有运行。",
+    "recipe": "配方",
+    "The recipes are the same.": "两个配方相同。",
+    "budget": "预算",
+    "measured": "实测",
+    "classes on the report images, top-1 %": "各类别在报告图片上的 top-1 %",
+    "B − A": "B − A",
+    "{n} more classes with smaller changes: --json shows all.": "另有 {n} 个类别变化更小：--json 可显示全部。",
+    "± are standard errors as if both were measured on different images: on the same ones they are smaller. "
+    "Green: B is better; red: A is better; by more than two errors, or exactly.": (
+        "± 为标准误，按两者在不同图片上测量计算；在相同图片上误差更小。绿色：B 更好；红色：A 更好（相差超过两倍误差，或精确值不同）。"
+    ),
+    "report metric": "报告图片 top-1",
+    "report drop": "报告图片下降",
+    "metric": "选择图片 top-1",
+    "select drop": "选择图片下降",
+    "bytes": "文件",
+    "gzip": "gzip 后",
+    "shrink": "缩小",
+    "speedup": "加速",
+    "memory": "内存峰值",
+    "latency": "延迟，{n} 线程",
+    "format": "格式",
+    "weights": "权重",
+    "activations": "激活",
+    "steps": "步骤",
+    "none": "无",
+}
+EN = {
+    "report metric": "top-1, report images",
+    "report drop": "drop, report images",
+    "metric": "top-1, select images",
+    "select drop": "drop, select images",
+    "bytes": "file",
+    "shrink": "smaller",
+    "speedup": "speed",
+    "memory": "peak memory",
+    "latency": "latency, {n} threads",
+}
+
+
+def _word(text: str, lang: str, **blanks: Any) -> str:
+    return (ZH if lang == "zh" else EN).get(text, text).format(**blanks)
+
+
+def print_runs(rows: Sequence[Standing], folder: str, lang: str) -> None:
+    """The leaderboard: who, from what, and what it cost; three lines a run, so that 80 columns hold it."""
+    if not rows:
+        console.print(_word("No runs in {folder}.", lang, folder=escape(folder)), soft_wrap=True)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 1, 1))
+    table.add_column("", no_wrap=True)
+    table.add_column(_word("run", lang), overflow="fold")
+    for name in ("drop", "smaller", "speed", "MB", "ms"):
+        table.add_column(_word(name, lang), justify="right", no_wrap=True)
+    for row in rows:
+        drop = None if row.drop is None else row.drop.value
+        numbers = (drop, row.shrink, row.speedup, row.size_mb, row.latency_ms)
+        forms = ("{:+.2f}", "{:.1f} %", "{:.1f}x", "{:.2f}", "{:.2f}")
+        cells = ["" if value is None else form.format(value) for value, form in zip(numbers, forms)]
+        table.add_row(MARKS.get(row.verdict, escape(row.verdict)), _who(row, lang), *cells)
+    console.print(table)
+
+
+def _who(row: Standing, lang: str) -> str:
+    lines = [f"[bold]{escape(row.name)}[/]"]
+    lines += [escape(" · ".join(filter(None, (row.model, row.data, row.device))))] if row.model else []
+    lines += [escape(row.recipe)] if row.recipe else []
+    lines += [f"[red]{_word('breaks', lang)}: {escape(', '.join(row.missed))}[/]"] if row.missed else []
+    if row.verdict == "unfinished":
+        said = "best of {n} trials so far, drop on the select images"
+        said = said if row.recipe else "unfinished, {n} trials, none beside the original"
+        lines.append(f"[yellow]{_word(said, lang, n=row.trials)}[/]")
+    lines += [f"[red]{escape(row.reason)}[/]"] if row.reason else []
+    return "\n".join([*lines, f"[dim]{row.when}[/]"])
+
+
+def print_comparison(c: Comparison, lang: str) -> None:
+    """What must not be compared, first; then recipes, budgets, figures and classes."""
+    for letter, name, verdict, title in zip("AB", (c.a, c.b), c.verdicts, c.titles):
+        console.print(f"[bold]{letter}[/]  {MARKS.get(verdict, '')}  [bold]{escape(name)}[/]  {escape(title)}")
+    for warning in c.warnings:
+        console.print(f"[bold yellow]![/] [yellow]{escape(warning.zh if lang == 'zh' else warning.en)}[/]")
+    console.print()
+    if not c.recipe:
+        console.print(_word("The recipes are the same.", lang) + "\n")
+    for title, rows in (("recipe", c.recipe), ("budget", c.budget)):
+        if rows:
+            table = _beside(_word(title, lang), "A", "B")
+            for row in rows:
+                table.add_row(*(escape(_word(text, lang)) or "—" for text in (row.what, row.a, row.b)))
+            console.print(table, "")
+    table = _beside(_word("measured", lang), "A", "B", "B − A", "", right=True)
+    for figure in c.figures:
+        table.add_row(_figure(figure.what, lang), *_numbers(figure), figure.unit)
+    console.print(table, "")
+    _print_classes(c, lang)
+    console.print(
+        _word(
+            "± are standard errors as if both were measured on different images: on the same ones they are smaller. "
+            "Green: B is better; red: A is better; by more than two errors, or exactly.",
+            lang,
+        ),
+        style="dim",
+    )
+
+
+def _print_classes(c: Comparison, lang: str) -> None:
+    if not c.classes:
+        return
+    table = _beside(_word("classes on the report images, top-1 %", lang), "A", "B", "B − A", right=True)
+    for row in c.classes[:CLASSES_SHOWN]:
+        sure = abs(row.difference) > 2 * row.error
+        color = ("green" if row.difference > 0 else "red") if sure else ""
+        gap = f"{row.difference:+.2f} ±{row.error:.2f}"
+        name = escape(row.name_zh if lang == "zh" else row.name)
+        table.add_row(name, f"{row.a:.2f}", f"{row.b:.2f}", f"[{color}]{gap}[/]" if color else gap)
+    console.print(table)
+    if (more := len(c.classes) - CLASSES_SHOWN) > 0:
+        console.print(_word("{n} more classes with smaller changes: --json shows all.", lang, n=more), style="dim")
+    console.print()
+
+
+def _figure(what: str, lang: str) -> str:
+    if what.startswith("latency "):
+        return _word("latency", lang, n=what.split()[1]).replace(" 1 threads", " 1 thread")
+    return _word("select drop" if what == "drop" else what, lang)
+
+
+def _numbers(row: Beside) -> tuple[str, str, str]:
+    digits = 3 if row.what in ("bytes", "gzip") else 2
+    gap = f"{row.difference:+.{digits}f}" + (f" ±{row.error:.2f}" if row.error is not None else "")
+    color = {"a": "red", "b": "green"}.get(row.better)
+    return f"{row.a:.{digits}f}", f"{row.b:.{digits}f}", f"[{color}]{gap}[/]" if color else gap
+
+
+def _beside(title: str, *names: str, right: bool = False) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(title, overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right" if right and name else "left", overflow="fold")
+    return table

@@ -399,15 +399,31 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What a file was expected to take before it was built: bytes, and ms of one image on one thread."""
+
+    bytes: float
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
 class Trial:
-    """A recipe and what came of it: evidence, or a failure that is kept just as well."""
+    """A recipe and what came of it: evidence, or a failure that is kept just as well.
+
+    `notes` are what its steps had to say, `predicted` what was expected of it before it was built, `network` the
+    shapes of its layers where a step changed them (and of the original in the baseline, where one was searched).
+    """
 
     recipe: Recipe
     artifact: Artifact | None = None
     evidence: Evidence | None = None
     failure: Failure | None = None
     build_s: float = 0.0
+    measure_s: float = 0.0
     layers: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    predicted: Predicted | None = None
+    network: tuple[LayerShape, ...] = ()
 
     @property
     def id(self) -> str:
@@ -453,6 +469,84 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """One convolution or linear layer as it runs on one image; `source` is the spatial size of its input.
+
+    `op` is conv, conv_transpose or linear; a linear layer has no kernel, and its `source` are the leading dimensions
+    of its input (tokens), none after pooling. `clip` says whether a ReLU or another clip follows at once.
+    """
+
+    name: str
+    op: str
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    source: tuple[int, ...] = ()
+    bias: bool = True
+    clip: bool = False
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has, biases not counted."""
+        return self.outputs * self.inputs // self.groups * math.prod(self.kernel)
+
+    @property
+    def target(self) -> tuple[int, ...]:
+        """The spatial size of its output."""
+        if self.op == "linear":
+            return self.source
+        rows = zip(self.source, self.kernel, self.stride, self.padding, self.dilation)
+        if self.op == "conv_transpose":
+            return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in rows)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows)
+
+    @property
+    def macs(self) -> int:
+        """Multiplications for one image."""
+        places = self.source if self.op == "conv_transpose" else self.target
+        return self.weights * math.prod(places)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only go together, by the name of the layer whose outputs lead them.
+
+    `outputs` and `inputs` name every layer whose outputs or inputs follow, with the features that one channel is
+    there (a channel of 4 x 4 pixels that is flattened is 16 inputs). Widths are multiples of `multiple` (grouped
+    convolutions, attention heads).
+    """
+
+    name: str
+    channels: int
+    outputs: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, int], ...]
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """One channel group alone at one width, everything else as it was, batch norms re-estimated, nothing trained.
+
+    `damage` is the Kullback-Leibler divergence of the softmax answers from the original ones, in nats an image;
+    `drop` the points of top-1 lost, paired.
+    """
+
+    group: str
+    width: int
+    damage: float
+    drop: Estimate | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells one row from another."""
+        return self.group, self.width
+
+
+@dataclass(frozen=True)
 class Advice:
     """One sentence that a measurement supports, in both languages."""
 
@@ -465,7 +559,11 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Result:
-    """What `compress` returns and writes as result.json (docs/result-schema.md)."""
+    """What `compress` returns and writes as result.json (docs/result-schema.md).
+
+    `sensitivity` is what each layer costs at fewer bits, `widths` what each of the channel `groups` costs alone when
+    it is narrowed; `spent` are the seconds of each part of the walk.
+    """
 
     verdict: str
     misses: tuple[Miss, ...]
@@ -489,6 +587,9 @@ class Result:
     schema_version: int = SCHEMA_VERSION
     path: str = ""
     sensitivity: tuple[LayerCost, ...] = ()
+    widths: tuple[WidthCost, ...] = ()
+    groups: tuple[ChannelGroup, ...] = ()
+    spent: tuple[tuple[str, float], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -509,11 +610,20 @@ def silent(what: str, done: int, total: int) -> None:
     """The progress callback of those who want none."""
 
 
+Say = Callable[[str], None]
+"""Called with one line that the user should know and the record keeps (a rollback, an early stop)."""
+
+
+def unsaid(line: str) -> None:
+    """The callback of those who keep no notes."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What a method may use beside the model it owns: data, task, target, and the untouched original (the teacher).
 
-    `scratch` is a folder where long steps keep unfinished state between two calls; empty where there is none.
+    `scratch` is a folder where long steps keep unfinished state between two calls; empty where there is none. `arch`
+    is the name that the original can be built by, empty for a module of the user's own.
     """
 
     data: Data
@@ -525,3 +635,5 @@ class Job:
     seed: int = 0
     progress: Progress = field(default=silent, compare=False)
     scratch: str = ""
+    say: Say = field(default=unsaid, compare=False)
+    arch: str = ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lighten import advice, bundle, devices, ledger, report, search, workshop
+from lighten import advice, bundle, devices, ledger, report, scout, search, workshop
 from lighten.bench import Timing
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
@@ -27,15 +28,19 @@ from lighten.machine import environment, this_machine
 from lighten.methods.quantize import NAMED, precisions
 from lighten.methods.quantize import Step as QuantizeStep
 from lighten.plugins import get, missing_backends
+from lighten.search import reach
 from lighten.types import (
     Asked,
     Budget,
+    ChannelGroup,
     Data,
     Device,
+    Evidence,
     Final,
     Job,
     LayerCost,
     Precision,
+    Predicted,
     Preprocess,
     Progress,
     Recipe,
@@ -46,6 +51,7 @@ from lighten.types import (
     silent,
     to_json,
 )
+from lighten.worker import Worker
 
 Log = Callable[[str], None]
 FLIPS_SHOWN = 24
@@ -53,14 +59,20 @@ SCAN_IMAGES = 128
 SCRATCH = "scratch"
 MIXES = 4
 DOUBT_IMAGES = 256
+SCAN_SHARE = 0.12
+"""Of the time that is left, how much measuring single groups and layers may take."""
+SPARE_S = 10.0
+"""Seconds that are kept back for what is not foreseen."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a compression may be told beside model, data, budget and device.
 
-    `asked` is the one method and bits of `lighten quantize`, instead of the whole menu. `sensitivity` measures what
-    each layer costs alone; a mix of precisions needs it and has it measured anyway.
+    `asked` is the one method and bits of `lighten quantize`, instead of the whole menu; `steps` come before every
+    precision, as `lighten prune` and its kin ask for them. `sensitivity` measures what each layer costs alone; a mix of
+    precisions needs it and has it measured anyway. `narrow` lets the search prune and train where quantization misses
+    the budget. `arch` is the name that the model can be built by; `isolate` tries recipes in a process of their own.
     """
 
     name: str | None = None
@@ -73,7 +85,11 @@ class Settings:
     fresh: bool = False
     lang: str = "en"
     asked: Asked | None = None
+    steps: tuple[Step, ...] = ()
     sensitivity: bool = False
+    narrow: bool = True
+    isolate: bool = True
+    arch: str = ""
     timing: Timing = field(default_factory=Timing)
     model_name: str = ""
     command: str = ""
@@ -85,6 +101,8 @@ class Settings:
                 raise BadConfig(reason)
             method = "qat" if self.asked.method == "qat" else "quantize"
             get("methods", method).Step(**dict(self.asked.settings))
+        for step in self.steps:
+            get("methods", step.method).Step(**dict(step.settings))
         for kind, given, known in (
             ("format", self.formats, None),
             ("precision", self.precisions, tuple(NAMED)),
@@ -114,6 +132,7 @@ def compress(
     or the model carries timm's description. The same call continues an interrupted run and repeats no finished trial.
     """
     budget = budget or Budget()
+    clock = Clock(time.monotonic(), budget.time_s)
     job, lines = front_desk(model, data, device, preprocess, settings, progress)
     formats(job.device, settings)  # refuses what cannot be tried before anything is
     for line in lines:
@@ -125,16 +144,52 @@ def compress(
     with ledger.locked(folder):
         if settings.fresh:
             _clear(folder)
-        job = dataclasses.replace(job, scratch=str(folder / SCRATCH))
+        job = dataclasses.replace(job, scratch=str(folder / SCRATCH), arch=settings.arch, say=log)
         book = ledger.open_ledger(folder, fingerprint)
-        book, baseline, reference = weigh_in(book, job, folder, settings, log)
-        book, costs = scan(book, job, settings, log)
+        with clock.part("weigh-in"):
+            book, baseline, reference = weigh_in(book, job, folder, settings, log)
+        with clock.part("sensitivity"):
+            book, costs = scan(book, job, settings, log)
         menu = recipes(job, settings, budget, baseline, costs)
-        book = try_all(book, menu, baseline, job, reference, folder, budget, settings, log)
-        result = judge(book, menu, baseline, job, folder, budget, settings, costs, log)
+        with bench_for(job, reference, folder, settings) as bench:
+            with clock.part("trials"):
+                book = try_all(book, menu, baseline, job, bench, folder, clock, settings, log)
+            book = narrowed(book, menu, baseline, job, bench, folder, budget, clock, settings, log)
+        result = judge(book, menu, baseline, job, folder, budget, settings, costs, clock, log)
         report.write(result, folder, lang=settings.lang)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     return result
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time that was given, from the call on, and where it went."""
+
+    began: float
+    limit_s: float | None
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left_s(self) -> float | None:
+        return None if self.limit_s is None else self.limit_s - (time.monotonic() - self.began)
+
+    def share(self, part: float) -> Callable[[], bool]:
+        """Whether this share of what is left now is spent; never, where the time is not limited."""
+        until = None if self.left_s is None else time.monotonic() + part * self.left_s
+        return lambda: until is not None and time.monotonic() > until
+
+    @property
+    def is_up(self) -> bool:
+        return self.left_s is not None and self.left_s <= 0
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a block to the part `name` of the walk."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - began
 
 
 # --- 1. front desk ----------------------------------------------------------------------------------
@@ -179,6 +234,7 @@ def question(job: Job, budget: Budget, settings: Settings) -> str:
     state = {k: v.detach().cpu().numpy() for k, v in job.original.state_dict().items()}
     choices = [settings.seed, settings.formats, settings.precisions, settings.ranges, to_json(settings.timing)]
     choices += [to_json(settings.asked), settings.sensitivity] if settings.asked or settings.sensitivity else []
+    choices += [to_json(settings.steps), settings.narrow] if settings.steps or not settings.narrow else []
     device = to_json(job.device)
     device.pop("memory_mb")
     return digest(
@@ -215,7 +271,8 @@ def weigh_in(
         log(f"{doubt.level}: {doubt.what} {doubt.to_do}")
     reference = workshop.Reference(select, outputs)
     recipe = Recipe(format="onnx")
-    book, baseline = tried(book, recipe, job, reference, folder, settings, log)
+    here = Here(job, reference, folder, settings.timing)
+    book, baseline = tried(book, recipe, here, folder, log)
     if baseline.failure:
         raise BadModel(
             f"The unchanged model cannot be exported and measured: {baseline.failure.reason}",
@@ -239,15 +296,41 @@ def doubts(job: Job, outputs: np.ndarray) -> list[Finding]:
     return [f for f in found if f is not None]
 
 
+class Here:
+    """Tries recipes in this process; what `Worker` does in another one."""
+
+    def __init__(self, job: Job, reference: workshop.Reference, folder: Path, timing: Timing) -> None:
+        self.job, self.reference, self.folder, self.timing = job, reference, folder, timing
+        self.made: workshop.Made = {}
+
+    def attempt(self, recipe: Recipe, limit_s: float | None = None) -> Trial:
+        """As `Worker.attempt`, but a crash ends the run, and `limit_s` is not held."""
+        artifacts = self.folder / "artifacts"
+        return workshop.attempt(recipe, self.job, self.reference, artifacts, self.timing, self.made)
+
+
+Bench = Worker | Here
+
+
+@contextlib.contextmanager
+def bench_for(job: Job, reference: workshop.Reference, folder: Path, settings: Settings) -> Iterator[Bench]:
+    """Where recipes are tried."""
+    if not settings.isolate:
+        yield Here(job, reference, folder, settings.timing)
+        return
+    with Worker(job, reference, folder, settings.timing) as worker:
+        yield worker
+
+
 def tried(
     book: ledger.Ledger,
     recipe: Recipe,
-    job: Job,
-    reference: workshop.Reference,
+    bench: Bench,
     folder: Path,
-    settings: Settings,
     log: Log,
-    made: workshop.Made | None = None,
+    *,
+    predicted: Predicted | None = None,
+    limit_s: float | None = None,
 ) -> tuple[ledger.Ledger, Trial]:
     """The trial of a recipe: from the ledger where its files are whole, else made and recorded."""
     known = next((t for t in book.trials if t.id == recipe.id), None)
@@ -255,7 +338,7 @@ def tried(
         log(f"{recipe.title}: done before")
         return book, known
     workshop.sweep(folder / "artifacts")
-    trial = workshop.attempt(recipe, job, reference, folder / "artifacts", settings.timing, made)
+    trial = dataclasses.replace(bench.attempt(recipe, limit_s), predicted=predicted)
     log(line_of(trial))
     return book.append("trial", trial), trial
 
@@ -334,10 +417,13 @@ def recipes(
     """
     names = formats(job.device, settings)
     if settings.asked is None:
-        wanted = [NAMED[p] for p in settings.precisions] or precisions(job.device)
+        given = [NAMED[p] for p in settings.precisions]
+        wanted = given or search.worth_a_trial(precisions(job.device), budget, evidence_of(baseline))
         # The default step has no settings of its own, so that its recipe is the same one in every version.
         chosen = () if settings.ranges == "auto" else (("ranges", settings.ranges),)
-        return search.menu(names, wanted, Step("quantize", chosen))
+        if settings.steps:
+            wanted = given or [NAMED["float32"]]
+        return search.menu(names, wanted, Step("quantize", chosen), settings.steps)
     if settings.asked.bits == "mixed":
         mixes = _mixes(costs, budget, baseline)
         return search.asked_menu(names, settings.asked, mixes)
@@ -378,26 +464,155 @@ def try_all(
     menu: Sequence[Recipe],
     baseline: Trial,
     job: Job,
-    reference: workshop.Reference,
+    bench: Bench,
     folder: Path,
-    budget: Budget,
+    clock: Clock,
     settings: Settings,
     log: Log,
 ) -> ledger.Ledger:
-    """The only loop."""
-    began, done = time.monotonic(), [baseline]
-    made: workshop.Made = {}
+    """Every recipe of the menu, in order, until the time is up."""
+    done = [baseline]
     for line in left_out(job.device, settings):
         log(line)
     while (recipe := search.next_recipe(menu, done)) is not None:
-        if budget.time_s is not None and time.monotonic() - began > budget.time_s:
+        if clock.is_up:
             log(f"time is up after {len(done)} trials")
             break
         job.progress("trials", len(done), len(menu))
-        book, trial = tried(book, recipe, job, reference, folder, settings, log, made)
+        book, trial = tried(book, recipe, bench, folder, log, limit_s=clock.left_s)
         done.append(trial)
     job.progress("trials", len(menu), len(menu))
     return book
+
+
+# --- the same loop, where only a narrower network can meet the budget -----------------------------------
+
+
+def narrowed(
+    book: ledger.Ledger,
+    menu: Sequence[Recipe],
+    baseline: Trial,
+    job: Job,
+    bench: Bench,
+    folder: Path,
+    budget: Budget,
+    clock: Clock,
+    settings: Settings,
+    log: Log,
+) -> ledger.Ledger:
+    """Measure what channels cost, plan widths, probe, train the best as long as the time allows.
+
+    What is decided is recorded before it is tried: an interrupted run goes on with the same recipes.
+    """
+    mine = {r.id for r in menu}
+    if not may_narrow(job, settings) or not reach.needed([t for t in book.trials if t.id in mine], baseline, budget):
+        return book
+    names = formats(job.device, settings)
+    log("quantization alone misses the budget: measuring what each channel group costs, on little data")
+
+    def keep(kind: str, row: Any) -> None:
+        nonlocal book
+        book = book.append(kind, row)
+
+    bytes_limited = reach.goal(budget, evidence_of(baseline)).bytes is not None
+    enough = clock.share(SCAN_SHARE)
+    with clock.part("sensitivity"):
+        found = scout.scout(
+            job, names, bits=bytes_limited, widths=book.widths, costs=book.costs, keep=keep, enough=enough
+        )
+        ends = scout.ends_of(job)
+    while todo := next_narrow(book, found, ends, names, baseline, job, budget, clock):
+        for recipe in todo:
+            if recipe not in book.planned:
+                book = book.append("planned", recipe)
+        for recipe in todo:
+            if clock.is_up:
+                log("time is up")
+                return book
+            means = means_of(book, found, ends, names, baseline, job, budget, clock)
+            expected = reach.expected(means, recipe)
+            log(f"{recipe.title}: {said(recipe, found, expected)}")
+            with clock.part("probes" if reach.is_probe(recipe) else "training"):
+                book, _ = tried(book, recipe, bench, folder, log, predicted=expected, limit_s=clock.left_s)
+    return book
+
+
+def evidence_of(trial: Trial) -> Evidence:
+    """Of a trial that has some."""
+    assert trial.evidence is not None
+    return trial.evidence
+
+
+def may_narrow(job: Job, settings: Settings) -> bool:
+    """Whether the search may change the network: nobody asked for one way, and there is something to train on."""
+    return settings.narrow and not settings.asked and not settings.steps and bool(job.data.train)
+
+
+def next_narrow(
+    book: ledger.Ledger,
+    found: scout.Scouted,
+    ends: Sequence[str],
+    names: Sequence[str],
+    baseline: Trial,
+    job: Job,
+    budget: Budget,
+    clock: Clock,
+) -> list[Recipe]:
+    """What was decided before and is not tried yet, else what the search decides now."""
+    tried_before = {t.id for t in book.trials}
+    if open_ := [r for r in book.planned if r.id not in tried_before]:
+        return open_
+    if clock.is_up:
+        return []
+    done = [t for t in book.trials if t.recipe in book.planned]
+    todo = reach.next_recipes(means_of(book, found, ends, names, baseline, job, budget, clock), done)
+    return [r for r in todo if r.id not in tried_before]
+
+
+def means_of(
+    book: ledger.Ledger,
+    found: scout.Scouted,
+    ends: Sequence[str],
+    names: Sequence[str],
+    baseline: Trial,
+    job: Job,
+    budget: Budget,
+    clock: Clock,
+) -> reach.Means:
+    """What is known now: costs held to every file that was measured so far, and the time that is left."""
+    costs = {f: scout.costs(found, f, book.trials, job, ends) for f in names}
+    return reach.Means(
+        costs, tuple(names), baseline, budget, tuple(ends), clock.left_s, tail_s(book, names, baseline, job)
+    )
+
+
+def tail_s(book: ledger.Ledger, names: Sequence[str], baseline: Trial, job: Job) -> float:
+    """Seconds that follow the last training: quantize, export and measure each format, then read the report images."""
+    known = [t for t in book.trials if t.evidence]
+    each = [max((untrained_s(t) for t in known if t.recipe.format == f), default=20.0) for f in names]
+    rates = [t.evidence.throughput for t in (baseline, *known) if t.evidence]
+    reading = len(job.data.report) / max(min(rates, default=50.0), 1e-3)
+    return SPARE_S + sum(each) + 2 * reading
+
+
+def untrained_s(trial: Trial) -> float:
+    """Seconds of a trial without those that its training was allowed."""
+    trained = sum(dict(s.settings).get("seconds", 0.0) for s in trial.recipe.steps)
+    return max(trial.build_s - trained, 0.0) + trial.measure_s
+
+
+def said(recipe: Recipe, found: scout.Scouted, expected: Predicted | None) -> str:
+    """What a narrowed recipe is expected to be, in one line."""
+    channels = {g.name: g.channels for g in found.groups}
+    kept = dict(reach.widths_of(recipe))
+    share = sum(kept.get(n, c) for n, c in channels.items()) / max(sum(channels.values()), 1)
+    words = [f"{100 * share:.0f} % of the channels kept"]
+    if expected is not None:
+        words.append(f"{expected.bytes / 1e6:.2f} MB expected")
+        words += [f"{expected.latency_ms:.2f} ms expected"] if expected.latency_ms else []
+    training = dict(recipe.steps[1].settings)
+    limit = f"at most {training['seconds']:.0f} s" if training["seconds"] else f"{training['epochs']:g} epochs"
+    return ", ".join([*words, f"training {limit}"])
 
 
 # --- 7 and 8. judge, vault ----------------------------------------------------------------------------
@@ -412,18 +627,21 @@ def judge(
     budget: Budget,
     settings: Settings,
     costs: tuple[LayerCost, ...],
+    clock: Clock,
     log: Log,
 ) -> Result:
     """Choose, measure the winner once on the report split, write bundle and result.json."""
     same_machine = _same_machine(job.device)
-    asked = {r.id for r in menu}
+    asked = {r.id for r in (*menu, *book.planned)}
     trials = tuple(t for t in book.trials if t.id in {baseline.id, *asked} and workshop.is_whole(t, folder))
     winner = search.judge([t for t in trials if t.id in asked], baseline, budget, same_machine)
-    report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
-    final, before, after = read_report(book, baseline, winner, report_split, job, folder, log)
+    with clock.part("report images"):
+        report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
+        final, before, after = read_report(book, baseline, winner, report_split, job, folder, log)
     assert winner.evidence is not None
     assert baseline.evidence is not None
     misses = budget.misses(winner.evidence, baseline.evidence, drop=final.drop.value)
+    groups = groups_of(book, job)
     result = Result(
         verdict="FAIL" if misses or winner.id not in asked else "PASS",  # the original is no answer to another question
         misses=misses,
@@ -431,6 +649,8 @@ def judge(
             *search.advise(trials, baseline, job.device, same_machine, misses),
             *search.next_step(settings.asked, misses),
             *advice.guilty(costs),
+            *advice.seen_before(evidence_of(baseline).metric, final.baseline),
+            *advice.narrowing(groups, book.widths, winner.recipe, trials),
         ),
         budget=budget,
         device=job.device,
@@ -449,11 +669,19 @@ def judge(
         images={k: len(s) for k, s in job.data.splits.items()} | {"report": len(report_split)},
         flips=thumbnails(folder, report_split, before, after),
         path=str(folder),
-        sensitivity=costs,
+        sensitivity=costs or book.costs,
+        widths=book.widths,
+        groups=groups,
+        spent=tuple(clock.spent.items()),
     )
     bundle.write(result, folder, _spread(report_split.ready), _spread(after))
     write_whole(folder / "result.json", json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False))
     return result
+
+
+def groups_of(book: ledger.Ledger, job: Job) -> tuple[ChannelGroup, ...]:
+    """The channel groups of the original, where they were searched."""
+    return scout.groups_of(job) if book.widths else ()
 
 
 def _spread(rows: Any) -> np.ndarray:

@@ -24,6 +24,7 @@ from lighten.types import (
     Evidence,
     Failure,
     Job,
+    LayerShape,
     Precision,
     Recipe,
     Size,
@@ -44,6 +45,8 @@ class Built:
     module: Any
     layers: tuple[dict[str, Any], ...]
     seconds: float
+    notes: tuple[str, ...] = ()
+    network: tuple[LayerShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,20 @@ class Reference:
     outputs: np.ndarray
 
 
-Made = dict[tuple[tuple[Step, ...], Precision], Any]
+@dataclass(frozen=True)
+class Module:
+    """What the steps of a recipe made: what is exported, the network before it was quantized, what the steps said."""
+
+    exported: Any
+    network: Any
+    notes: tuple[str, ...] = ()
+
+
+Made = dict[tuple[tuple[Step, ...], Precision], Module]
 """The module of the last steps and precision: the next format of the same plan takes it as it is."""
+QUANTIZERS = ("quantize", "qat")
+NETWORK = "network.safetensors"
+"""The network that a recipe trained or narrowed, in float, beside the artifact: it can be trained on, or exported."""
 
 
 def attempt(
@@ -65,9 +80,18 @@ def attempt(
     stage = "being built"
     try:
         built = build(recipe, job, folder, made)
-        stage = "being measured"
+        stage, began = "being measured", time.perf_counter()
         evidence = examine(built, job, reference, folder, timing)
-        return Trial(recipe, built.artifact, evidence, build_s=built.seconds, layers=built.layers)
+        return Trial(
+            recipe,
+            built.artifact,
+            evidence,
+            build_s=built.seconds,
+            measure_s=time.perf_counter() - began,
+            layers=built.layers,
+            notes=built.notes,
+            network=built.network,
+        )
     except DiskFull:
         raise
     except LightenError as e:
@@ -83,9 +107,11 @@ def build(recipe: Recipe, job: Job, folder: Path, made: Made | None = None) -> B
     if reason := format.refuses(recipe.precision, job.device):
         raise RefusedFormat(f"{recipe.format} refuses: {reason}.")
     module = apply_steps(recipe, job, {} if made is None else made)
+    changed = any(s.method not in QUANTIZERS for s in recipe.steps)
     with whole_folder(folder / recipe.id) as room:
         file = room / f"model{format.SUFFIX}"
-        companions = format.export(module, input_shape(job), file, recipe.precision, job.device)
+        companions = format.export(module.exported, input_shape(job), file, recipe.precision, job.device)
+        notes = (*module.notes, *(keep_network(module.network, arch_of(recipe, job), job, room) if changed else ()))
     path = folder / recipe.id / f"model{format.SUFFIX}"
     artifact = Artifact(
         f"{folder.name}/{recipe.id}/{path.name}",
@@ -93,23 +119,66 @@ def build(recipe: Recipe, job: Job, folder: Path, made: Made | None = None) -> B
         sha256_file(path),
         tuple(c.name for c in companions),
     )
-    return Built(artifact, module, tuple(getattr(module, "meta", {}).get("layers", ())), time.perf_counter() - began)
+    layers = tuple(getattr(module.exported, "meta", {}).get("layers", ()))
+    network = shapes_of(module.network, job) if changed else ()
+    return Built(artifact, module.exported, layers, time.perf_counter() - began, notes, network)
 
 
-def apply_steps(recipe: Recipe, job: Job, made: Made) -> Any:
-    """The module that the recipe's steps make of a copy of the original; `made` keeps it for the next format."""
+def arch_of(recipe: Recipe, job: Job) -> str:
+    """What the network before its changes is built by: the original's architecture, or that of a student."""
+    students = [dict(s.settings).get("student") for s in recipe.steps]
+    return next((s for s in students if s), job.arch)
+
+
+def keep_network(network: Any, arch: str, job: Job, folder: Path) -> tuple[str, ...]:
+    """Write the float network beside the artifact; a reason where it cannot be described."""
+    from lighten.models import saved
+
+    # An architecture that is a file of the user's, or none, is compared with the original itself.
+    original = job.original if not arch or ".py:" in arch else None
+    try:
+        saved.save(
+            folder / NETWORK,
+            network,
+            arch,
+            classes=len(job.data.classes),
+            preprocess=job.preprocess,
+            class_names=job.data.classes,
+            original=original,
+        )
+    except LightenError as e:
+        return (f"{NETWORK} was not written: {e.what}",)
+    return ()
+
+
+def shapes_of(network: Any, job: Job) -> tuple[LayerShape, ...]:
+    """The layers of a network as they run on one image."""
+    from lighten.kit.channels import shapes
+
+    return tuple(shapes(network, input_shape(job)).values())
+
+
+def apply_steps(recipe: Recipe, job: Job, made: Made) -> Module:
+    """What the recipe's steps make of a copy of the original; `made` keeps it for the next format."""
     key = (recipe.steps, recipe.precision)
     if key in made:
         return made[key]
-    module = copy.deepcopy(job.original).eval()
+    notes: list[str] = []
+
+    def say(line: str) -> None:
+        notes.append(line)
+        job.say(line)
+
+    module = network = copy.deepcopy(job.original).eval()
     # The next format of the same plan finds the unfinished state of this one.
     scratch = f"{job.scratch}/{digest(to_json(key))[:10]}" if job.scratch else ""
-    job = dataclasses.replace(job, precision=recipe.precision, scratch=scratch)
+    job = dataclasses.replace(job, precision=recipe.precision, scratch=scratch, say=say)
     for step in recipe.steps:
         module = get("methods", step.method, needs="REQUIRES").Step(**dict(step.settings)).apply(module, job)
+        network = network if step.method in QUANTIZERS else module
     made.clear()
-    made[key] = module
-    return module
+    made[key] = Module(module, network, tuple(notes))
+    return made[key]
 
 
 def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: bench.Timing) -> Evidence:

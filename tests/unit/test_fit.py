@@ -19,7 +19,7 @@ from lighten.data.splits import ArrayImages, Split
 from lighten.errors import BadConfig
 from lighten.kit import fit as fitting
 from lighten.kit.augment import crop_and_flip, cut_out, to_input
-from lighten.kit.fit import FitSettings, fit, gains_from_bf16
+from lighten.kit.fit import FitSettings, fit, gains_from_bf16, one_cycle
 from lighten.tasks.classification import loss
 from lighten.types import Data, Device, Job, Preprocess, silent
 
@@ -150,6 +150,8 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_is_not_saved(tmp_path: 
     [
         {"epochs": 0}, {"batch": 1}, {"lr": 0.0}, {"lr": -1.0}, {"optimizer": "lion"}, {"warmup": 0.0}, {"warmup": 1.0},
         {"ema": 1.0}, {"ema": -0.1}, {"shift": 1.0}, {"cutout": -0.1}, {"lr": float("nan")},
+        {"epochs": float("nan")}, {"epochs": float("inf")}, {"seconds": 0.0}, {"seconds": -1.0}, {"seconds": float("nan")},
+        {"weight_decay": -1e-4}, {"lr": float("inf")},
     ],
 )  # fmt: skip
 def test_nonsense_settings_are_refused_by_name(bad: dict[str, float]) -> None:
@@ -245,6 +247,266 @@ def _rates(s: FitSettings, total: int) -> list[float]:
         if k + 1 < total:
             schedule.step()
     return rates
+
+
+# --- schedule and time -----------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "epochs, batch, warmup", [(1, 80, 0.2), (3, 32, 0.2), (4, 16, 0.55), (1, 32, 0.05), (1, 160, 0.2)]
+)
+def test_without_a_time_limit_the_rates_are_those_of_torchs_one_cycle(epochs: int, batch: int, warmup: float) -> None:
+    s = FitSettings(epochs=epochs, batch=batch, lr=0.1, momentum=0.0, weight_decay=0.0, ema=0.0, warmup=warmup)
+    path = [3.0]
+    fit(Falling(), s, lambda m, x, y: m(x).sum(), job(), after_step=lambda m: path.append(m.w.item()))  # type: ignore[union-attr, operator, arg-type]
+    total = epochs * (160 // batch)
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    start = max(warmup, 1.5 / total) if total > 1 else warmup
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        probe, 0.1, total_steps=total, pct_start=start, cycle_momentum=False, div_factor=10, final_div_factor=1e3
+    )
+    want = []
+    for k in range(total):
+        want.append(schedule.get_last_lr()[0])
+        probe.step()
+        if k + 1 < total:
+            schedule.step()
+    np.testing.assert_allclose(-np.diff(path), want, atol=5e-7)
+
+
+def test_one_cycle_at_its_corners() -> None:
+    got = [one_cycle(p, 0.25) for p in (0.0, 0.125, 0.25, 0.625, 1.0)]
+    np.testing.assert_allclose(got, [0.1, 0.55, 1.0, 0.50005, 1e-4], rtol=1e-12)
+
+
+def rates_within(seconds: float, step_s: float, epochs: float = 1000, **more: object) -> tuple[list[float], Clock]:
+    """Learning rates of a training whose every step takes `step_s`, and its clock."""
+    clock, path = Clock(), [3.0]
+
+    def step(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        clock.now += step_s
+        return m(x).sum()
+
+    s = FitSettings(epochs=epochs, batch=32, lr=1.0, momentum=0.0, weight_decay=0.0, ema=0.0, seconds=seconds)
+    keep = lambda m: path.append(m.w.item())  # noqa: E731
+    fit(Falling(), s, step, job(), after_step=keep, clock=clock, **more)  # type: ignore[arg-type]
+    return list(-np.diff(path)), clock
+
+
+@pytest.mark.parametrize("seconds, step_s", [(60.0, 1.0), (60.0, 0.37), (10.0, 3.0), (7.0, 2.0)])
+def test_a_time_limit_ends_training_within_a_step_and_annealed(seconds: float, step_s: float) -> None:
+    rates, clock = rates_within(seconds, step_s)
+    assert abs(clock.now - 100 - seconds) <= step_s
+    assert len(rates) == round((clock.now - 100) / step_s)
+    assert rates[-1] < 2e-3  # of a peak of 1
+    if len(rates) > 20:
+        assert max(rates) > 0.98
+        assert 0.12 < np.argmax(rates) / len(rates) < 0.28  # the warm-up's share of the time
+
+
+def test_where_the_steps_end_first_the_time_limit_changes_nothing() -> None:
+    free, _ = rates_within(1e6, 1.0, epochs=4)
+    s = FitSettings(epochs=4, batch=32, lr=1.0, warmup=0.2)
+    assert len(free) == 20
+    np.testing.assert_allclose(free, [one_cycle(k / 19, (0.2 * 20 - 1) / 19) * s.lr for k in range(20)], atol=1e-6)
+
+
+def test_a_limit_shorter_than_a_step_still_makes_one() -> None:
+    rates, _ = rates_within(0.5, 30.0)
+    assert len(rates) == 1
+
+
+def test_a_resumed_training_has_only_the_rest_of_its_time(tmp_path: Path) -> None:
+    file, clock, taken = tmp_path / "state.pt", Clock(), []
+
+    def step(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        clock.now += 1.0
+        taken.append(clock.now)
+        return loss(m, x, y)
+
+    def cut(epoch: int, _m: nn.Module, _v: float) -> None:
+        if epoch == 2:
+            raise Killed
+
+    s = replace(SETTINGS, epochs=500, seconds=25.0)
+    with pytest.raises(Killed):
+        fit(model(), s, step, job(), checkpoint=file, after_epoch=cut, clock=clock)
+    assert len(taken) == 10
+    clock.now += 1000  # nobody trained
+    fit(model(), s, step, job(), checkpoint=file, clock=clock)
+    assert 24 <= len(taken) <= 26
+    again = fit(model(), s, lambda *a: pytest.fail("it trained"), job(), checkpoint=file, clock=clock)
+    assert not again.training
+
+
+def test_inside_a_long_epoch_the_state_is_saved_and_gone_on_from_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "KEEP_EVERY", 2)
+    monkeypatch.setattr(fitting, "SAVE_EVERY_S", 0.0)
+    whole = fit(model(0.3), SETTINGS, loss, job())
+    seen: list[int] = []
+
+    def dying(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        seen.append(1)
+        if len(seen) == 9:  # the fourth step of the second epoch
+            raise Killed
+        return loss(m, x, y)
+
+    file = tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        fit(model(0.3), SETTINGS, dying, job(), checkpoint=file)
+    rest: list[int] = []
+
+    def counted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        rest.append(1)
+        return loss(m, x, y)
+
+    assert same(fit(model(0.3), SETTINGS, counted, job(), checkpoint=file), whole)
+    assert len(rest) == 20 - 8
+
+
+@pytest.mark.parametrize("epochs, images", [(0.5, 64), (0.2, 32), (1.6, 256), (2, 320)])
+def test_a_fraction_of_an_epoch_sees_that_share_of_the_images_once(epochs: float, images: int) -> None:
+    s = replace(SETTINGS, epochs=epochs, shift=0.0, flip=False, cutout=0.0)
+    seen: list[bytes] = []
+
+    def watching(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        seen.extend(row.tobytes() for row in x.numpy())
+        return loss(m, x, y)
+
+    ended: list[int] = []
+    fit(model(), s, watching, job(), after_epoch=lambda k, m, v: ended.append(k))
+    assert len(seen) == images
+    assert len(set(seen)) == min(160, images)
+    assert ended == list(range(1, int(np.ceil(epochs)) + 1))
+
+
+# --- a loss that is not finite ---------------------------------------------------------------------------
+
+
+def failing(at: set[int], bad: float = float("nan")) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """A loss that is `bad` in the calls that `at` lists."""
+    calls = [0]
+
+    def one(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return loss(m, x, y) * (bad if calls[0] in at else 1.0)
+
+    return one
+
+
+@pytest.mark.parametrize("bad, word", [(float("nan"), "NaN"), (float("inf"), "infinite")])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_loss_that_is_not_finite_rolls_back_and_goes_on_at_half_the_rate(
+    optimizer: str, bad: float, word: str
+) -> None:
+    """At the start nothing is lost: the rest is a training at half the learning rate, bit by bit."""
+    said: list[str] = []
+    s = replace(SETTINGS, epochs=2, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 3e-3)
+    done = fit(model(0.3), s, failing({1}, bad), replace(job(), say=said.append))
+    half = fit(model(0.3), replace(s, lr=s.lr / 2), loss, job())
+    assert same(done, half)
+    assert said == [f"The loss was {word} in epoch 1; rolled back to step 0 of 10 and halved the learning rate."]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_it_goes_back_to_the_last_good_state_each_time(optimizer: str) -> None:
+    """Two failures in the second epoch go back to its start; what is replayed does not depend on where they struck."""
+    said: list[str] = []
+    s = replace(SETTINGS, epochs=3, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 3e-3)
+    # 5 steps, then 3 of which the last fails, then 4 of which the last fails.
+    done = fit(model(0.3), s, failing({8, 12}), replace(job(), say=said.append))
+    other = fit(model(0.3), s, failing({6, 10}), job())
+    assert same(done, other)
+    assert all(torch.isfinite(v).all() for v in done.state_dict().values())
+    assert [line.split(";")[1] for line in said] == [" rolled back to step 5 of 15 and halved the learning rate."] * 2
+
+
+def test_the_third_time_ends_the_training() -> None:
+    said: list[str] = []
+    with pytest.raises(BadConfig, match="NaN in epoch 2, the 3rd time") as e:
+        fit(model(), SETTINGS, failing({3, 9, 12}), replace(job(), say=said.append))
+    assert "learning rate" in e.value.to_do
+    assert len(said) == 2
+
+
+def test_gradients_that_are_not_finite_count_as_the_loss() -> None:
+    said: list[str] = []
+    struck: list[int] = []
+
+    def poison(m: nn.Module) -> None:
+        struck.append(1)
+        if len(struck) == 2:
+            next(iter(m.parameters())).grad.fill_(float("inf"))  # type: ignore[union-attr]
+
+    done = fit(model(), SETTINGS, loss, replace(job(), say=said.append), before_step=poison)
+    assert len(said) == 1
+    assert all(torch.isfinite(v).all() for v in done.state_dict().values())
+
+
+def test_a_network_that_is_broken_already_is_refused() -> None:
+    net = model()
+    with torch.no_grad():
+        next(net.parameters()).fill_(float("nan"))
+    with pytest.raises(BadConfig, match="weights are not finite"):
+        fit(net, SETTINGS, loss, job())
+
+
+# --- hooks and optimizer ---------------------------------------------------------------------------------
+
+
+def test_hooks_see_gradients_before_the_step_and_weights_after_it() -> None:
+    order: list[tuple[str, float]] = []
+
+    def before(m: nn.Module) -> None:
+        order.append(("before", m.w.item()))  # type: ignore[operator, union-attr]
+        assert m.w.grad.item() == 1.0  # type: ignore[operator, union-attr]
+        m.w.grad.mul_(2.0)  # type: ignore[operator, union-attr]
+
+    def after(m: nn.Module) -> None:
+        order.append(("after", m.w.item()))  # type: ignore[operator, union-attr]
+        with torch.no_grad():
+            m.w.fill_(1.5)  # type: ignore[operator, union-attr]
+
+    s = FitSettings(epochs=1, batch=80, lr=0.1, momentum=0.0, weight_decay=0.0, ema=0.0)
+    done = fit(Falling(), s, lambda m, x, y: m(x).sum(), job(), before_step=before, after_step=after)
+    assert [name for name, _ in order] == ["before", "after"] * 2
+    assert order[0][1] - order[1][1] == pytest.approx(2 * 0.01, rel=1e-4)  # twice the gradient, at a tenth of the peak
+    assert order[2][1] == 1.5
+    assert done.w.item() == pytest.approx(1.5)  # type: ignore[operator, union-attr]
+
+
+def test_weights_move_as_the_plain_update_rule_says() -> None:
+    """Nesterov momentum and weight decay by hand, on channels-last convolutions: the optimizer's fast kernel reads bare
+    memory."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    weights = {k: v.detach().clone() for k, v in net.named_parameters()}
+    slopes: list[dict[str, Tensor]] = []
+    keep = lambda m: slopes.append({k: p.grad.clone() for k, p in m.named_parameters()})  # noqa: E731
+    s = FitSettings(epochs=2, batch=32, lr=0.05, weight_decay=1e-2, ema=0.0)
+    done = fit(net, s, loss, job(), before_step=keep, autocast=False).state_dict()
+    speed = {k: torch.zeros_like(v) for k, v in weights.items()}
+    for step, slope in enumerate(slopes):
+        rate = 0.05 * one_cycle(step / 9, (0.2 * 10 - 1) / 9)
+        norm = torch.stack([g.norm() for g in slope.values()]).norm()
+        for k, w in weights.items():
+            g = slope[k] * min(1.0, 5.0 / (float(norm) + 1e-6)) + (1e-2 * w if w.ndim > 1 else 0)
+            speed[k] = 0.9 * speed[k] + g
+            weights[k] = w - rate * (g + 0.9 * speed[k])
+    for k, w in weights.items():
+        torch.testing.assert_close(done[k].contiguous(), w.contiguous(), rtol=1e-4, atol=1e-6)
 
 
 # --- what a method may ask for ---------------------------------------------------------------------------

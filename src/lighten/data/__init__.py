@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,19 @@ def load(
     seed: int = 0,
     calibrate: int = CALIBRATE,
     select: int | None = None,
+    held_out: Iterable[int | str] | None = None,
     progress: Progress = silent,
 ) -> Data:
     """`spec` is a folder of class folders (or train/ and val/ of them), a built-in name, or an iterable of
-    (image, label); a `Data` passes unchanged. Raises BadData, naming the folder or item."""
+    (image, label); a `Data` passes unchanged.
+
+    `held_out` are the numbers or names of the training images that the model was not trained on: calibrate and select
+    then take only those. Raises BadData, naming the folder or item."""
+    loaded = _load(spec, seed, calibrate, select, progress)
+    return loaded if held_out is None else _holding_out(loaded, tuple(held_out), seed, calibrate, select)
+
+
+def _load(spec: Any, seed: int, calibrate: int, select: int | None, progress: Progress) -> Data:
     if isinstance(spec, Data):
         return spec
     if spec == "demo":
@@ -77,6 +87,56 @@ def assemble(
     mark = digest([identity, seed, sizes])
     train, calibration, selection = (Split(pool, rows[k]) for k in ("train", "calibrate", "select"))
     return Data(name, classes, classes_zh, train, calibration, selection, final, mark, notices)
+
+
+def _holding_out(data: Data, held_out: tuple[int | str, ...], seed: int, calibrate: int, select: int | None) -> Data:
+    """`data` with calibrate and select drawn from the held-out images alone. Raises BadData on one that is not there."""
+    pool: Images = data.train.images
+    rows = np.unique(_rows_of(pool, held_out))
+    if len(rows) < 2 * len(data.classes):
+        raise BadData(
+            f"Only {len(rows)} images are held out, for {len(data.classes)} classes.", "Name some of every class."
+        )
+    calibrate = min(calibrate, max(1, len(rows) * 15 // 100))
+    sizes = {"calibrate": calibrate, "select": min(select or len(rows), len(rows) - calibrate)}
+    found = stratified(np.asarray(pool.labels)[rows], sizes, seed)
+    mine = np.isin(data.report.rows, rows) if data.report.images is pool else np.zeros(len(data.report.rows), bool)
+    if mine.any():
+        raise BadData(
+            f"{int(mine.sum())} of the held-out images are report images.", "Give the data a test/ folder of its own."
+        )
+    taken = data.report.rows if data.report.images is pool else np.array([], int)
+    rest = np.setdiff1d(np.arange(len(pool.labels)), np.concatenate([rows, taken]))
+    train = Split(pool, np.random.default_rng(seed).permutation(rest))
+    mark = digest([data.fingerprint, rows.tolist(), sizes])
+    calibration, selection = (Split(pool, rows[found[k]]) for k in ("calibrate", "select"))
+    return replace(data, train=train, calibrate=calibration, select=selection, fingerprint=mark)
+
+
+def _rows_of(pool: Images, held_out: tuple[int | str, ...]) -> np.ndarray:
+    n = len(pool.labels)
+    wanted = {str(name) for name in held_out if isinstance(name, str)}
+    numbers = [int(i) for i in held_out if not isinstance(i, str)]
+    if bad := [i for i in numbers if not 0 <= i < n]:
+        raise BadData(f"Image {bad[0]} is held out, but there are only {n}.", "Count training images from 0.")
+    if not wanted:
+        return np.array(numbers, int)
+    by_name = {pool.name(i): i for i in range(n)}
+    if missing := [name for name in wanted if name not in by_name]:
+        raise BadData(f"{missing[0]} is held out, but is no training image.", "Write paths as the data has them.")
+    return np.array([*numbers, *(by_name[name] for name in wanted)], int)
+
+
+def read_held_out(file: Path) -> tuple[int | str, ...]:
+    """One image a line: its number from 0 in the order of the set (built-in data), or its path. Raises BadData."""
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadData(f"{file} cannot be read ({e}).", "Give a text file with one image a line.") from e
+    found = tuple(int(line) if line.isdigit() else line for line in lines if line and not line.startswith("#"))
+    if not found:
+        raise BadData(f"{file} names no image.", "Write one a line: its number, or its path.")
+    return found
 
 
 def _load_builtin(name: str, seed: int, calibrate: int, select: int, progress: Progress) -> Data:

@@ -1,4 +1,4 @@
-"""The fit loop: one-cycle, EMA, bf16 where the machine has it, channels-last, resumable, on one device or by torchrun."""
+"""The fit loop: one-cycle by steps or by the clock, EMA, bf16 where it pays, resumable, on one device or by torchrun."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,28 @@ Groups = Callable[[nn.Module], list[dict[str, Any]]]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, inputs, labels) -> scalar; a method puts its teacher in here."""
 
+Hook = Callable[[nn.Module], None]
+"""Called with the model that trains, in every step."""
+
+KEEP_EVERY = 25
+"""Steps between two good states kept in memory: what a loss that is not finite can cost."""
+
+SAVE_EVERY_S = 60.0
+"""Inside an epoch, the checkpoint is written this often at most."""
+
+FAILURES = 3
+"""The loss that is not finite for the third time ends the training."""
+
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Settings of one training. `shift` and `cutout` are fractions of the image's size."""
+    """Settings of one training. `shift` and `cutout` are fractions of the image's size.
 
-    epochs: int = 30
+    `epochs` may be a fraction: 0.5 sees half of the images once. `seconds` is a limit of wall-clock time; training ends
+    at whichever comes first, with its learning rate annealed either way.
+    """
+
+    epochs: float = 30
     batch: int = 128
     lr: float = 0.1
     optimizer: str = "sgd"
@@ -47,14 +63,17 @@ class FitSettings:
     flip: bool = True
     cutout: float = 0.0
     seed: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         checks = {
-            "epochs must be 1 or more": self.epochs >= 1,
+            "epochs must be above 0": 0 < self.epochs < math.inf,
+            "seconds must be above 0": self.seconds is None or 0 < self.seconds < math.inf,
             "batch must be 2 or more": self.batch >= 2,
-            "lr must be above 0": self.lr > 0,
+            "lr must be above 0": 0 < self.lr < math.inf,
             "optimizer must be sgd or adamw": self.optimizer in ("sgd", "adamw"),
             "warmup must be between 0 and 1": 0 < self.warmup < 1,
+            "weight_decay must be 0 or more": 0 <= self.weight_decay < math.inf,
             "ema must be 0 or more and under 1": 0 <= self.ema < 1,
             "shift and cutout must be 0 to 0.9": 0 <= self.shift <= 0.9 and 0 <= self.cutout <= 0.9,
         }
@@ -88,6 +107,18 @@ def gains_from_bf16(model: nn.Module, device: torch.device) -> bool:
     return has_bf16(device) and (device.type == "cuda" or not depthwise)
 
 
+def one_cycle(progress: float, warmup: float) -> float:
+    """Share of the peak learning rate at `progress` (0 to 1): by cosines from 1/10 to 1 at `warmup`, then to 1/10,000.
+
+    Smith & Topin, 2018, "Super-Convergence"; the numbers are those of torch's OneCycleLR with div_factor 10 and
+    final_div_factor 1e3.
+    """
+    rising = progress < warmup
+    start, end = (0.1, 1.0) if rising else (1.0, 1e-4)
+    at = progress / warmup if rising else (progress - warmup) / (1 - warmup)
+    return end + (start - end) * (1 + math.cos(math.pi * at)) / 2
+
+
 def fit(
     model: nn.Module,
     settings: FitSettings,
@@ -98,28 +129,79 @@ def fit(
     after_epoch: Callable[[int, nn.Module, float], None] | None = None,
     groups: Groups | None = None,
     autocast: bool = True,
+    before_step: Hook | None = None,
+    after_step: Hook | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> nn.Module:
     """Train on `job.data.train`; returns the averaged (EMA) model on the CPU, in eval mode.
 
     `groups` replaces the optimizer's own (and `settings.lr`). Without `autocast` everything stays float32, whatever the
     machine is good at: simulated quantization is wrong in bfloat16, whose 8 bits of mantissa cannot tell 256 levels
-    apart. With `checkpoint`, state is written whole after each epoch and the same call goes on from there. Under torchrun
-    (WORLD_SIZE above 1) each process takes its share of every batch. Raises BadConfig where the loss is not finite.
+    apart. `before_step(model)` is called when gradients are there, before they are clipped; `after_step(model)` when
+    the weights have moved, before they are averaged.
+
+    With `checkpoint`, state is written whole after each epoch (and each minute of a long one), and the same call goes
+    on from there; of `settings.seconds` it has what is left. Under torchrun (WORLD_SIZE above 1) each process takes its
+    share of every batch.
+
+    Where the loss is not finite, model, average and optimizer go back to the last good state, the learning rate is
+    halved from there on, and `job.say` tells. Raises BadConfig at the third time.
     """
-    run = _Run.start(model, settings, job, checkpoint, groups, autocast)
-    for epoch in range(run.epoch, settings.epochs):
-        mean_loss = _epoch(run, epoch, loss, job)
-        if not math.isfinite(mean_loss):
-            raise BadConfig(f"The loss is {mean_loss} in epoch {epoch + 1}.", "Lower the learning rate (fit: lr).")
-        run.save(epoch + 1)
-        if after_epoch and run.rank == 0:
-            after_epoch(epoch + 1, run.average.eval(), mean_loss)
+    watch = _Watch(clock, settings.seconds)
+    run = _Run.start(model, settings, job, checkpoint, groups, autocast, watch)
+    hooks = (before_step, after_step)
+    while run.step < run.total:
+        first = run.step
+        mean_loss = _epoch(run, loss, job, hooks)
+        run.save()
+        if after_epoch and run.rank == 0 and run.step > first:
+            after_epoch(math.ceil(run.step / run.steps), run.average.eval(), mean_loss)
     return run.average.eval().cpu()
 
 
 @dataclass
+class _Watch:
+    """How much of the time is spent. `before`: seconds of the runs that this one goes on from."""
+
+    clock: Callable[[], float]
+    seconds: float | None
+    before: float = 0.0
+    taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.began = self.stepping = self.saved = self.clock()
+
+    @property
+    def spent(self) -> float:
+        return self.before + self.clock() - self.began
+
+    @property
+    def pace(self) -> float:
+        """Seconds of a step, so far."""
+        return (self.clock() - self.stepping) / self.taken if self.taken else 0.0
+
+    def share(self, world: int) -> float:
+        """Share of the time that is spent when the next step is done; infinite where most of that step would be late.
+
+        The slowest process decides for all of them.
+        """
+        if self.seconds is None:
+            return 0.0
+        spent, pace = self.spent, self.pace
+        if world > 1:
+            both = torch.tensor([spent, pace], dtype=torch.float64, device=best_device())
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+            spent, pace = both.tolist()
+        if spent + pace / 2 > self.seconds:
+            return math.inf
+        last = spent + 1.5 * pace > self.seconds
+        return 1.0 if last else (spent + pace) / self.seconds
+
+
+@dataclass
 class _Run:
-    """All that changes while training; what `save` writes and `start` reads back."""
+    """All that changes while training; what `save` writes and `start` reads back. `step` of `total` are done,
+    `steps` make an epoch; `peaks` are the groups' highest learning rates, `scale` what rollbacks left of them."""
 
     settings: FitSettings
     device: torch.device
@@ -128,13 +210,22 @@ class _Run:
     model: nn.Module
     average: nn.Module
     optimizer: Any
-    schedule: Any
+    peaks: list[float]
     pixels: Tensor | None
     labels: Tensor
-    epoch: int
     steps: int
+    total: int
     checkpoint: Path | None
     bf16: bool
+    watch: _Watch
+    step: int = 0
+    scale: float = 1.0
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.all_steps = self.total
+        self.kept: dict[str, Any] = {}
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @classmethod
     def start(
@@ -145,10 +236,10 @@ class _Run:
         checkpoint: Path | None,
         groups: Groups | None,
         autocast: bool,
+        watch: _Watch,
     ) -> _Run:
         rank, world = _join_workers()
         device = best_device()
-        torch.manual_seed(settings.seed)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -156,55 +247,42 @@ class _Run:
         split = job.data.train
         steps = max(1, len(split) // settings.batch)
         optimizer = _optimizer(model, settings, groups)
-        total = steps * settings.epochs
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-            total_steps=total,
-            pct_start=max(settings.warmup, 1.5 / total) if total > 1 else settings.warmup,
-            cycle_momentum=False,
-            div_factor=10,
-            final_div_factor=1e3,
-        )
-        average = copy.deepcopy(model).requires_grad_(False)
-        pixels = _in_memory(job, device)
-        labels = torch.from_numpy(split.labels).to(device)
         run = cls(
             settings,
             device,
             rank,
             world,
             model,
-            average,
+            copy.deepcopy(model).requires_grad_(False),
             optimizer,
-            schedule,
-            pixels,
-            labels,
-            0,
+            [group["lr"] for group in optimizer.param_groups],
+            _in_memory(job, device),
+            torch.from_numpy(split.labels).to(device),
             steps,
+            max(1, round(steps * settings.epochs)),
             checkpoint,
             autocast and gains_from_bf16(model, device),
+            watch,
         )
         run._resume()
+        watch.stepping = watch.saved = watch.clock()
         return run
 
     @property
     def mark(self) -> str:
         return digest(to_json(self.settings))
 
-    def save(self, epoch: int) -> None:
+    def state(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        return {"step": self.step, "scale": self.scale, "failures": self.failures, **parts}
+
+    def save(self) -> None:
+        self.watch.saved = self.watch.clock()
         if self.checkpoint is None or self.rank:
             return
-        state = {
-            "epoch": epoch,
-            "mark": self.mark,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
+        own = {"mark": self.mark, "finished": self.step >= self.total, "spent": self.watch.spent}
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save({**self.state(), **own}, buffer)
         write_whole(self.checkpoint, buffer.getvalue())
 
     def _resume(self) -> None:
@@ -216,53 +294,134 @@ class _Run:
                 f"{self.checkpoint} belongs to a training with other settings.",
                 "Choose another out folder, or remove it.",
             )
-        for name in ("model", "average", "optimizer", "schedule"):
+        self._load(state)
+        self.scale, self.failures, self.watch.before = state["scale"], state["failures"], state["spent"]
+        if state["finished"]:
+            self.total = self.step
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        self.epoch = state["epoch"]
+        self.step = state["step"]
 
+    def keep(self) -> bool:
+        """Remember this state as a good one; False where its weights are not finite."""
+        if self.kept and self.kept["step"] == self.step:
+            return True
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            return False
+        self.kept = copy.deepcopy(self.state())
+        return True
 
-def _epoch(run: _Run, epoch: int, loss: Loss, job: Job) -> float:
-    s = run.settings
-    model = run.model.train()
-    torch.manual_seed(s.seed * 100_003 + epoch * 61 + run.rank)  # dropout: a resumed epoch draws what it would have
-    stepping = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
-    total, seen = torch.zeros((), device=run.device), 0
-    began = time.monotonic()
-    for x, y in _batches(run, epoch, job):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            value = loss(stepping, x, y)
-        run.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        run.optimizer.step()
-        run.schedule.step()
-        seen += 1
-        _blend(run.average, model, s.ema, epoch * run.steps + seen)
-        total += value.detach()
-        if run.rank == 0 and (seen % 10 == 0 or seen == run.steps):
-            pace = (time.monotonic() - began) / seen
-            job.progress(
-                f"epoch {epoch + 1}/{s.epochs} ({pace * 1e3:.0f} ms a step)",
-                epoch * run.steps + seen,
-                s.epochs * run.steps,
+    def roll_back(self, value: float, job: Job) -> None:
+        """To the last good state, at half the learning rate. Raises BadConfig when that has not helped before."""
+        epoch = self.step // self.steps + 1
+        what = "infinite" if math.isinf(value) else "NaN"
+        self.failures += 1
+        if self.failures >= FAILURES:
+            raise BadConfig(
+                f"The loss was {what} in epoch {epoch}, the {FAILURES}rd time in this training.",
+                "Lower the learning rate (lr), and look for inputs or labels that are not finite.",
             )
+        self._load(copy.deepcopy(self.kept))  # an optimizer goes on in the very tensors that it is given
+        self.scale /= 2
+        if self.rank == 0:
+            job.say(
+                f"The loss was {what} in epoch {epoch}; rolled back to step {self.step} of {self.all_steps} "
+                f"and halved the learning rate."
+            )
+
+    def set_rate(self, share: float) -> None:
+        """One-cycle at whichever is further on, the steps or the clock (`share` of the time)."""
+        total = self.all_steps
+        peak, progress = self.settings.warmup, 1.0
+        if total > 1:
+            peak = (max(peak, 1.5 / total) * total - 1) / (total - 1)
+            progress = max(self.step / (total - 1), share)
+        for group, rate in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = rate * self.scale * one_cycle(progress, peak)
+
+
+def _epoch(run: _Run, loss: Loss, job: Job, hooks: tuple[Hook | None, Hook | None]) -> float:
+    """To the end of the epoch, of the training or of the time; the mean loss of the steps since the last rollback."""
+    model = run.model.train()
+    stepping = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
+    epoch = run.step // run.steps
+    last = min((epoch + 1) * run.steps, run.total)
+    total, seen = torch.zeros((), device=run.device), 0
+    if not run.keep():
+        raise BadConfig("The network's weights are not finite.", "Use an earlier checkpoint.")
+    while run.step < last:
+        share = run.watch.share(run.world)
+        if run.step and share == math.inf:
+            run.total = run.step
+            break
+        run.set_rate(min(share, 1.0))
+        total, seen = total + _step(run, stepping, loss, job, hooks), seen + 1
+        run.step, run.watch.taken = run.step + 1, run.watch.taken + 1
+        if not _healthy(run, total, run.step == last):
+            run.roll_back(float(total), job)
+            total, seen = torch.zeros((), device=run.device), 0
+        elif run.step % KEEP_EVERY == 0 and run.step < last and run.watch.clock() - run.watch.saved > SAVE_EVERY_S:
+            run.save()
+        if run.rank == 0 and (run.step % 10 == 0 or run.step == last):
+            what = f"epoch {epoch + 1}/{run.settings.epochs:g} ({run.watch.pace * 1e3:.0f} ms a step)"
+            job.progress(what, run.step, run.all_steps)
     return float(total) / max(1, seen)
 
 
-def _batches(run: _Run, epoch: int, job: Job) -> Iterator[tuple[Tensor, Tensor]]:
+def _step(run: _Run, stepping: nn.Module, loss: Loss, job: Job, hooks: tuple[Hook | None, Hook | None]) -> Tensor:
+    """One step. The loss, not finite where the gradients are not: then, on the CPU, no weight has moved."""
+    before, after = hooks
+    x, y = _batch(run, job)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+        value = loss(stepping, x, y)
+    run.optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    if before:
+        before(run.model)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), 5.0)
+    value = value.detach()
+    value = torch.where(norm.isfinite() | ~value.isfinite(), value, math.nan)
+    if run.world > 1:
+        torch.distributed.all_reduce(value)
+        value = value / run.world
+    if run.device.type == "cpu" and not math.isfinite(float(value)):
+        return value
+    run.optimizer.step()
+    if after:
+        after(run.model)
+    _blend(run.average, run.model, run.settings.ema, run.step + 1)
+    return value
+
+
+def _healthy(run: _Run, total: Tensor, last: bool) -> bool:
+    """Whether all is finite still; a good state is kept. A GPU is not made to wait in every step for the answer."""
+    due = run.step % KEEP_EVERY == 0 or last
+    if run.device.type == "cpu" or due:
+        return math.isfinite(float(total)) and (not due or run.keep())
+    return True
+
+
+def _batch(run: _Run, job: Job) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of the next step. All its dice follow from the seed and the step, so that a training which is
+    resumed, or rolled back, sees what it would have seen."""
     s, share = run.settings, run.settings.batch // run.world
-    generator = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
-    order = torch.randperm(len(run.labels), generator=generator)
-    local = torch.Generator().manual_seed(s.seed * 100_003 + epoch * 61 + run.rank + 1)
-    for k in range(run.steps):
-        rows = order[k * s.batch : (k + 1) * s.batch][run.rank * share : (run.rank + 1) * share or None]
-        if run.pixels is not None:
-            pixels = run.pixels[rows.to(run.device)]
-        else:
-            pixels = torch.from_numpy(job.data.train.pixels(job.preprocess, rows.numpy())).to(run.device)
-        x = to_input(crop_and_flip(pixels, s.shift, s.flip, local), job.preprocess)
-        x = cut_out(x, s.cutout, local) if s.cutout else x
-        yield x.contiguous(memory_format=torch.channels_last), run.labels[rows.to(run.device)]
+    epoch, k = divmod(run.step, run.steps)
+    if run.order[0] != epoch:
+        dice = torch.Generator().manual_seed(s.seed * 100_003 + epoch)
+        run.order = (epoch, torch.randperm(len(run.labels), generator=dice))
+    seed = (s.seed * 100_003 + run.step) * 64 + run.rank
+    torch.manual_seed(seed)  # dropout
+    local = torch.Generator().manual_seed(seed + 2**40)
+    rows = run.order[1][k * s.batch : (k + 1) * s.batch][run.rank * share : (run.rank + 1) * share or None]
+    if run.pixels is not None:
+        pixels = run.pixels[rows.to(run.device)]
+    else:
+        pixels = torch.from_numpy(job.data.train.pixels(job.preprocess, rows.numpy())).to(run.device)
+    x = to_input(crop_and_flip(pixels, s.shift, s.flip, local), job.preprocess)
+    x = cut_out(x, s.cutout, local) if s.cutout else x
+    return x.contiguous(memory_format=torch.channels_last), run.labels[rows.to(run.device)]
 
 
 def _optimizer(model: nn.Module, s: FitSettings, groups: Groups | None = None) -> Any:
@@ -272,8 +431,14 @@ def _optimizer(model: nn.Module, s: FitSettings, groups: Groups | None = None) -
     own = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     chosen = own if groups is None else groups(model)
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(chosen, lr=s.lr, weight_decay=s.weight_decay)
-    return torch.optim.SGD(chosen, weight_decay=s.weight_decay, lr=s.lr, momentum=s.momentum, nesterov=s.momentum > 0)
+        return torch.optim.AdamW(chosen, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    sgd = torch.optim.SGD(
+        chosen, weight_decay=s.weight_decay, lr=s.lr, momentum=s.momentum, nesterov=s.momentum > 0, fused=True
+    )
+    if s.momentum:  # the fused kernel cannot start one buffer later than the others; from 0 is what the first step does
+        for p in (p for group in sgd.param_groups for p in group["params"]):
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 @torch.no_grad()

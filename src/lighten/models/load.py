@@ -65,19 +65,46 @@ def read_weights(path: Path, *, inner: str | None = None) -> tuple[dict[str, Ten
     else:
         raw = _read_torch(path)
     tensors, notices = _unwrap(raw, path, inner)
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not _finite(v)]
-    if bad:
-        raise BadModel(
-            f"{path}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}.",
-            "The training broke; use an earlier checkpoint.",
-        )
+    _check_finite(path, tensors)
     return tensors, notices
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file under their own names. Raises BadModel as `read_weights` does."""
+    _check_file(path)
+    tensors = _read_safetensors(path)
+    _check_finite(path, tensors)
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing of other files. Raises BadModel as `read_weights` does."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_file(path)
+    if not _looks_like_safetensors(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as e:
+        raise _damaged(path, e) from e
+
+
 def load(
-    path: Path, arch: str, *, classes: int | None = None, trust_code: bool = False
+    path: Path, arch: str | None, *, classes: int | None = None, trust_code: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Architecture plus weights, in eval mode, on the CPU. The number of classes is read off the weights if not given."""
+    """Architecture plus weights, in eval mode, on the CPU. The number of classes is read off the weights if not given.
+
+    A checkpoint that describes itself (`lighten.models.saved`) needs no `arch`; one that is given must agree.
+    """
+    from lighten.models import saved
+
+    if (told := saved.told(path)) is not None:
+        saved.agree(told, path, arch, classes)
+        return saved.load(path, trust_code=trust_code), ()
+    if not arch:
+        raise BadModel(f"{path} does not say which architecture it belongs to.", "Give --arch.")
     tensors, notices = read_weights(path)
     if classes is None:
         classes = _count_classes(arch, tensors, trust_code)
@@ -197,7 +224,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as e:
-        raise BadModel(f"{path} is damaged or truncated ({e}).", "Fetch or save it again.") from e
+        raise _damaged(path, e) from e
+
+
+def _damaged(path: Path, e: Exception) -> BadModel:
+    return BadModel(f"{path} is damaged or truncated ({e}).", "Fetch or save it again.")
 
 
 def _read_torch(path: Path) -> Any:
@@ -231,6 +262,15 @@ def _refusal(path: Path, e: Exception) -> BadModel:
         return BadModel(f"{path} is not a weights file.", "Give a .safetensors file, or a .pth that torch.save wrote.")
     reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
     return BadModel(f"{path} is damaged or truncated ({reason}).", "Fetch or save it again.")
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not _finite(v)]
+    if bad:
+        raise BadModel(
+            f"{path}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}.",
+            "The training broke; use an earlier checkpoint.",
+        )
 
 
 def _finite(v: Tensor) -> bool:

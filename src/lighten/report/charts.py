@@ -15,6 +15,7 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
 
 FONT = 12.0
+RADIUS = {"winner": 6, "probe": 4}
 CROWD = 10
 NEAR = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
 FAR = tuple((dx, dy) for dy in (-34, 34, -56, 56, -78, 78) for dx in (0, 46, -46))
@@ -22,7 +23,7 @@ FAR = tuple((dx, dy) for dy in (-34, 34, -56, 56, -78, 78) for dx in (0, 46, -46
 
 @dataclass(frozen=True)
 class Point:
-    """One trial in a plane. `kind` is winner, original, inside or outside.
+    """One trial in a plane. `kind` is winner, original, inside, outside or probe (a short trial, drawn faint).
 
     `short` is written where `label` has no room.
     """
@@ -62,12 +63,15 @@ class Change:
 @dataclass(frozen=True)
 class Suspect:
     """One layer and its value in each series (None where it was not measured). `said` is its tip; with a `note`, which
-    is written beside its last mark, it stands out."""
+    is written beside its last mark, it stands out. `kept` is ringed; `end` is written at the right edge where
+    the picture is wide."""
 
     label: str
     values: tuple[float | None, ...]
     said: str = ""
     note: str = ""
+    kept: float | None = None
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,11 @@ def shorten(text: str, width: float, size: float = FONT) -> str:
     return "…"
 
 
-def _text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -> str:
+def svg_text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
+def svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" class="chart">'
         + "".join(parts)
@@ -206,7 +210,7 @@ def scatter(
         *(_mark(p, ask.spot, plane) for p, ask in reversed([*zip(points, asks)])),
         *map(_note, points, notes),
     ]
-    return _svg(width, height, f"{y_title} / {x_title}", parts)
+    return svg(width, height, f"{y_title} / {x_title}", parts)
 
 
 @dataclass(frozen=True)
@@ -226,9 +230,9 @@ def _plane(points: Sequence[Point], area: Box, floor: float) -> _Plane:
 
 
 def _ask(p: Point, plane: _Plane, crowded: bool) -> Ask:
-    """In a crowd, points off the front get their number only, and only close by."""
+    """Short trials, and in a crowd points off the front, get their number only, and only close by."""
     spot = (plane.x(p.x), min(plane.y(p.y), plane.area[3] - 6))
-    plain = crowded and p.kind not in ("winner", "original")
+    plain = p.kind == "probe" or (crowded and p.kind not in ("winner", "original"))
     return Ask(spot, (p.short,) if plain else (p.label, p.short), far=not plain)
 
 
@@ -247,13 +251,13 @@ def _y_domain(points: Sequence[Point], floor: float) -> tuple[float, float]:
 
 def _grid(plane: _Plane, x_title: str, y_title: str) -> list[str]:
     left, top, right, bottom = plane.area
-    rows = [_text(left - 50, top - 14, y_title, "title"), _text(right, bottom + 36, x_title, "title", "end")]
+    rows = [svg_text(left - 50, top - 14, y_title, "title"), svg_text(right, bottom + 36, x_title, "title", "end")]
     for v in nice_ticks(*plane.ys):
         rows.append(f'<path class="grid" d="M{left:.1f} {plane.y(v):.1f}H{right:.1f}"/>')
-        rows.append(_text(left - 8, plane.y(v) + 4, f"{v:g}", "tick", "end"))
+        rows.append(svg_text(left - 8, plane.y(v) + 4, f"{v:g}", "tick", "end"))
     for v in log_ticks(*plane.xs):
         rows.append(f'<path class="grid" d="M{plane.x(v):.1f} {top:.1f}V{bottom:.1f}"/>')
-        rows.append(_text(plane.x(v), bottom + 18, f"{v:g}", "tick", "middle"))
+        rows.append(svg_text(plane.x(v), bottom + 18, f"{v:g}", "tick", "middle"))
     return [*rows, f'<path class="axis" d="M{left:.1f} {bottom:.1f}H{right:.1f}"/>']
 
 
@@ -290,7 +294,7 @@ def _add_limit(found: _Limits, path: str, box: Box, text: str) -> None:
 
 def _add_limit_text(found: _Limits, sides: Sequence[Box], text: str, taken: Sequence[Box], area: Box) -> None:
     box = next((side for side in sides if _free(side, [*taken, *found.texts], area)), sides[0])
-    found.parts.append(_text((box[0] + box[2]) / 2, box[3] - 4, text, "limit-text", "middle"))
+    found.parts.append(svg_text((box[0] + box[2]) / 2, box[3] - 4, text, "limit-text", "middle"))
     found.texts.append(box)
 
 
@@ -382,7 +386,7 @@ def shape(kind: str, px: float, py: float) -> str:
     if kind == "below":
         return f'<path class="dot" d="M{px - 6:.1f} {py - 6:.1f}h12l-6 10z"/>'
     ring = f'<circle class="ring" cx="{px:.1f}" cy="{py:.1f}" r="9.5"/>' if kind == "winner" else ""
-    return f'{ring}<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="{6 if kind == "winner" else 5}"/>'
+    return f'{ring}<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="{RADIUS.get(kind, 5)}"/>'
 
 
 def key(kind: str) -> str:
@@ -402,7 +406,7 @@ def _leader(ask: Ask, note: Note | None) -> str:
 def _note(p: Point, note: Note | None) -> str:
     if note is None:
         return ""
-    return _text((note.box[0] + note.box[2]) / 2, note.box[3] - 4, note.text, f"note {p.kind}", "middle")
+    return svg_text((note.box[0] + note.box[2]) / 2, note.box[3] - 4, note.text, f"note {p.kind}", "middle")
 
 
 # --- latency ----------------------------------------------------------------------------------------
@@ -424,11 +428,11 @@ def strips(rows: Sequence[Strip], *, width: float = 900, unit: str = "ms", title
     parts = []
     for v in nice_ticks(0, end, 4 if stacked else 6):
         parts.append(f'<path class="grid" d="M{x(v):.1f} 0V{bottom:.1f}"/>')
-        parts.append(_text(x(v), bottom + 18, f"{v:g}", "tick", "start" if stacked and v == 0 else "middle"))
-    parts.append(_text(width, bottom + 18, unit, "title", "end"))
+        parts.append(svg_text(x(v), bottom + 18, f"{v:g}", "tick", "start" if stacked and v == 0 else "middle"))
+    parts.append(svg_text(width, bottom + 18, unit, "title", "end"))
     for k, row in enumerate(rows):
         parts.append(_strip(row, x, k * step + step * (0.72 if stacked else 0.5) + 4, end, left, width, stacked))
-    return _svg(width, bottom + 26, title, parts)
+    return svg(width, bottom + 26, title, parts)
 
 
 def _strip(row: Strip, x: Map, y: float, end: float, left: float, width: float, stacked: bool) -> str:
@@ -437,15 +441,15 @@ def _strip(row: Strip, x: Map, y: float, end: float, left: float, width: float, 
     beyond = sum(s > end for s in row.samples)
     ticks = "".join(f"M{at:g} {y - 7:.1f}v14" for at in seen)
     label = shorten(row.label, width - 8 if stacked else left - 16)
-    name = _text(0, y - 17 if stacked else y + 4, label, f"name {row.kind}")
-    more = _text(x(end) + 2, y + 4, f"+{beyond}›", "tick") if beyond else ""
+    name = svg_text(0, y - 17 if stacked else y + 4, label, f"name {row.kind}")
+    more = svg_text(x(end) + 2, y + 4, f"+{beyond}›", "tick") if beyond else ""
     return (
         f'<g class="strip {escape(row.kind)}"><title>{escape(row.label)}: {escape(row.value)}</title>{name}'
         f'<path class="samples" d="{ticks}"/>'
         f'<rect class="box" x="{x(low):.1f}" y="{y - 7:.1f}" width="{max(1.0, x(high) - x(low)):.1f}" '
         f'height="14" rx="2"/>'
         f'<path class="median" d="M{x(middle):.1f} {y - 10:.1f}v20"/>{more}'
-        f"{_text(width, y + 4, row.value, f'value {row.kind}', 'end')}</g>"
+        f"{svg_text(width, y + 4, row.value, f'value {row.kind}', 'end')}</g>"
     )
 
 
@@ -478,10 +482,10 @@ def diverging(changes: Sequence[Change], *, reach: float, width: float = 900, ti
     for v in (-reach, -reach / 2, 0.0, reach / 2, reach):
         parts.append(f'<path class="{"axis" if v == 0 else "grid"}" d="M{x(v):.1f} 0V{bottom:.1f}"/>')
         if abs(v) in (0, reach):
-            parts.append(_text(x(v), bottom + 17, f"{v:+g}".replace("-", "−") if v else "0", "tick", "middle"))
+            parts.append(svg_text(x(v), bottom + 17, f"{v:+g}".replace("-", "−") if v else "0", "tick", "middle"))
     for k, change in enumerate(changes):
         parts.append(_change_bar(change, x, step * k + 3, names, width))
-    return _svg(width, bottom + 24, title, parts)
+    return svg(width, bottom + 24, title, parts)
 
 
 def _change_bar(c: Change, x: Map, top: float, names: float, width: float) -> str:
@@ -489,10 +493,10 @@ def _change_bar(c: Change, x: Map, top: float, names: float, width: float) -> st
     side = "worse" if c.by < 0 else "better" if c.by > 0 else "same"
     return (
         f'<g class="{side}"><title>{escape(c.label)}: {c.before:.1f} → {c.after:.1f} (n = {c.n})</title>'
-        f"{_text(0, top + 14, shorten(c.label, names), 'name')}"
+        f"{svg_text(0, top + 14, shorten(c.label, names), 'name')}"
         f'<rect class="bar" x="{start:.1f}" y="{top + 3:.1f}" width="{max(end - start, 0.8):.1f}" '
         f'height="12" rx="1.5"/>'
-        f"{_text(width, top + 14, f'{c.before:.1f} → {c.after:.1f}', 'pair', 'end')}</g>"
+        f"{svg_text(width, top + 14, f'{c.before:.1f} → {c.after:.1f}', 'pair', 'end')}</g>"
     )
 
 
@@ -503,18 +507,21 @@ def dots(
 
     The axis spans at most `DECADES` powers of ten below the greatest value. "" where nothing is above 0.
     """
-    seen = [v for row in rows for v in row.values if v is not None and v > 0 and math.isfinite(v)]
+    marks = [v for row in rows for v in (*row.values, row.kept)]
+    seen = [v for v in marks if v is not None and v > 0 and math.isfinite(v)]
     if not seen:
         return ""
     lo, hi = max(min(seen) / 1.6, max(seen) / 10**DECADES), max(seen) * 1.3
     step, size = (22.0, FONT) if len(rows) <= 24 else (16.0, 11.0)
-    notes = max(text_width(row.note, 11) for row in rows)
+    ends = 0.0 if width < 600 else max(text_width(row.end, 11) for row in rows)
+    notes = max(text_width(row.note, 11) for row in rows) + (ends + 10 if ends else 0)
     names = min(width * (0.4 if width < 600 else 0.3), max(text_width(row.label, size) for row in rows))
     left, right, top = names + 16, width - notes - 16, 22.0
     x, bottom = logarithmic(lo, hi, left, right), top + step * len(rows)
     parts = [_decades(lo, hi, x, top, bottom, tick, 4 if width < 600 else 7)]
     parts += [_suspect(row, x, lo, top + step * (k + 0.5), left, names, size) for k, row in enumerate(rows)]
-    return _svg(width, bottom + 40, title, [*parts, _text(right, bottom + 34, x_title, "title", "end")])
+    parts += [svg_text(width, top + step * (k + 0.5) + 4, row.end, "tick", "end") for k, row in enumerate(rows) if ends]
+    return svg(width, bottom + 40, title, [*parts, svg_text(right, bottom + 34, x_title, "title", "end")])
 
 
 DECADES = 6
@@ -527,17 +534,19 @@ def _decades(lo: float, hi: float, x: Map, top: float, bottom: float, tick: Call
     ticks = log_ticks(lo, hi, most)
     for v in ticks[:: math.ceil(len(ticks) / most)]:
         parts.append(f'<path class="grid" d="M{x(v):.1f} {top:.1f}V{bottom:.1f}"/>')
-        parts += [_text(x(v), y, tick(v), "tick", "middle") for y in (top - 8, bottom + 16)]
+        parts += [svg_text(x(v), y, tick(v), "tick", "middle") for y in (top - 8, bottom + 16)]
     return "".join(parts)
 
 
 def _suspect(row: Suspect, x: Map, lo: float, y: float, left: float, names: float, size: float) -> str:
     placed = [(k, x(max(v, lo)), v) for k, v in enumerate(row.values) if v is not None and math.isfinite(v)]
-    ends = [at for _, at, _ in placed] or [left]
+    kept = x(max(row.kept, lo)) if row.kept is not None and math.isfinite(row.kept) else None
+    ends = [*(at for _, at, _ in placed), *([kept] if kept is not None else [])] or [left]
     name = shorten(row.label, names, size)
     line = f'<path class="span" d="M{min(ends):.1f} {y:.1f}H{max(ends):.1f}"/>' if len(ends) > 1 else ""
     marks = "".join(series_mark(k, at, y, faint=v < lo) for k, at, v in placed)
-    note = _text(max(ends) + 9, y + 4, row.note, "value") if row.note else ""
+    marks += "" if kept is None else kept_mark(kept, y)
+    note = svg_text(max(ends) + 9, y + 4, row.note, "value") if row.note else ""
     return (
         f'<g class="suspect{" worst" if row.note else ""}"><title>{escape(row.label)}: {escape(row.said)}</title>'
         f'<rect class="hit" x="0" y="{y - 7:.1f}" width="{left:.1f}" height="14"/>'
@@ -561,6 +570,16 @@ def series_mark(k: int, px: float, y: float, faint: bool = False) -> str:
 def series_key(k: int) -> str:
     """The mark alone, for the legend."""
     return f'<svg viewBox="0 0 22 22" class="key" aria-hidden="true">{series_mark(k, 11, 11)}</svg>'
+
+
+def kept_mark(px: float, y: float) -> str:
+    """A ring around a value that was not measured itself."""
+    return f'<circle class="kept" cx="{px:.1f}" cy="{y:.1f}" r="6.5"/>'
+
+
+def kept_key() -> str:
+    """The ring alone, for the legend."""
+    return f'<svg viewBox="0 0 22 22" class="key" aria-hidden="true">{kept_mark(11, 11)}</svg>'
 
 
 def meter(value: float, full: float, css: str = "") -> str:

@@ -9,10 +9,15 @@ from typing import Any
 
 from lighten.errors import BadBundle
 from lighten.report import charts
+from lighten.report.foresight import predictions, probes
 from lighten.report.layers import layers, stored
+from lighten.report.narrowed import groups, network
 from lighten.report.numbers import fixed, saved, signed, significant
+from lighten.report.recipes import detail, made
 from lighten.report.sensitivity import sensitivity
+from lighten.report.spent import spent
 from lighten.report.texts import FORMATS, METRICS, PRECISIONS, Texts, sentence, texts
+from lighten.search.reach import is_probe
 from lighten.types import Evidence, Latency, Result, Trial, shrink, speedup
 
 UNITS = {
@@ -39,7 +44,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One trial of the table. A failed one has no cells; its `note` is the reason."""
+    """One trial of the table. A failed one has no cells; its `note` is the reason. `detail` tells two of one title
+    apart."""
 
     number: int
     title: str
@@ -49,6 +55,13 @@ class Row:
     warning: str
     cells: tuple[Cell, ...]
     trial: Trial
+    detail: str = ""
+    probe: bool = False
+
+    @property
+    def mark(self) -> str:
+        """How it is drawn: a short trial is faint, unless it has won."""
+        return "probe" if self.probe and self.kind not in ("winner", "failed") else self.kind
 
 
 def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, Any]:
@@ -56,6 +69,7 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
     t = texts(lang)
     base, won = _evidence(result.baseline), _evidence(result.winning)
     table = rows(result, t)
+    marked = [(row.number, row.mark, row.trial) for row in table]
     return {
         "t": t,
         "r": result,
@@ -67,7 +81,14 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         "limits": limits(result, base, won, t),
         "columns": next((row.cells for row in table if row.cells), ()),
         "rows": table,
+        "short_trials": any(row.probe for row in table),
         **_pictures(result, table, t),
+        "made": made(result.winning.recipe, widths_known(result), t),
+        **network(result.baseline.network, result.winning.network, t),
+        **groups(result, t),
+        **predictions(marked, t),
+        **probes(result, marked, metric_title(base.metric_name), t),
+        **spent(result.spent, result.budget.time_s, t),
         **_classes(result, lang, t),
         **_flips(result, lang, thumbnails),
         **sensitivity(result.sensitivity, result.winning.recipe.precision, t),
@@ -80,6 +101,11 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
             (t["drift"], t["drift_line"], _agreement(won.drift, t)),
         ],
     }
+
+
+def widths_known(result: Result) -> dict[str, int]:
+    """The original channels of each group."""
+    return {group.name: group.channels for group in result.groups}
 
 
 def _evidence(trial: Trial) -> Evidence:
@@ -182,6 +208,7 @@ def limits(result: Result, base: Evidence, won: Evidence, t: Texts) -> list[dict
         "max_latency_ms": won.p50(1),
         "min_speedup": speedup(won, base),
         "max_memory_mb": won.memory_mb,
+        "time_s": sum(seconds for _, seconds in result.spent) if result.spent else math.nan,
     }
     table = []
     for name, unit in UNITS.items():
@@ -190,7 +217,7 @@ def limits(result: Result, base: Evidence, won: Evidence, t: Texts) -> list[dict
             continue
         unit = unit or t["pt"]
         value = missed[name].got if name in missed else got.get(name, math.nan)
-        mark = "missed" if name in missed else "kept" if name in got else "open"
+        mark = "missed" if name in missed else "open" if name == "time_s" else "kept"
         text = fixed(value) if name == "max_drop" else significant(value)
         if value != wanted and text != "—" and float(text.replace(",", "").replace("−", "-")) == wanted:
             text = significant(value, 5)  # a broken limit must not look kept
@@ -223,12 +250,13 @@ def rows(result: Result, t: Texts) -> list[Row]:
 
 def _row(number: int, trial: Trial, result: Result, t: Texts, most: str) -> Row:
     kind, status = _status(trial, result, t)
+    more, probe = detail(trial.recipe, widths_known(result), t), is_probe(trial.recipe)
     if trial.evidence is None:
         reason = trial.failure.reason if trial.failure else ""
-        return Row(number, trial.recipe.title, kind, status, reason, "", (), trial)
+        return Row(number, trial.recipe.title, kind, status, reason, "", (), trial, more, probe)
     warning = t["slow_quantized"] if slower_than_float(trial, result) else ""
     cells = _cells(trial.evidence, _evidence(result.baseline), t, most)
-    return Row(number, trial.recipe.title, kind, status, "", warning, cells, trial)
+    return Row(number, trial.recipe.title, kind, status, "", warning, cells, trial, more, probe)
 
 
 def _status(trial: Trial, result: Result, t: Texts) -> tuple[str, str]:
@@ -324,11 +352,11 @@ def _pictures(result: Result, table: Sequence[Row], t: Texts) -> dict[str, Any]:
         plane(speed, t["axis_latency"], _latency_limit(result, base)),
     ]
     bars = [
-        charts.Strip(f"{row.number} · {row.title}", one.samples_ms, row.kind, significant(one.p50))
+        charts.Strip(f"{row.number} · {row.title}", one.samples_ms, row.mark, significant(one.p50))
         for row, got in measured
         if (one := _threads(got.latency)[0])
     ]
-    kinds = [kind for kind in ("winner", "original", "inside", "outside") if any(p.kind == kind for p in size)]
+    kinds = [kind for kind in ("winner", "original", "inside", "outside", "probe") if any(p.kind == kind for p in size)]
     return {
         "planes": planes,
         "legend": [(charts.key(kind), t[f"key_{kind}"]) for kind in kinds],
@@ -341,7 +369,7 @@ def _both(draw: Callable[[float], str], wide: float = 540, narrow: float = 350) 
 
 
 def _point(row: Row, got: Evidence, x: float) -> charts.Point:
-    return charts.Point(row.title, f"#{row.number}", x, got.metric.value, got.metric.error, row.kind)
+    return charts.Point(row.title, f"#{row.number}", x, got.metric.value, got.metric.error, row.mark)
 
 
 def _size_limit(result: Result, base: Evidence) -> float | None:

@@ -81,6 +81,32 @@ def distill_loss(student: Any, teacher: Any, temperature: float = 4.0) -> Any:
     return kl_div(*logs, reduction="batchmean", log_target=True) * t * t
 
 
+def dkd_loss(
+    student: Any, teacher: Any, labels: Any = None, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0
+) -> Any:
+    """alpha * TCKD + beta * NCKD, times T^2 (Zhao et al., 2022, "Decoupled Knowledge Distillation", eq. 7).
+
+    TCKD is the KL of (target, all others), NCKD that of the others among themselves; both outputs are (N, classes).
+    Without `labels` (N,) the target is the class that the teacher finds most likely.
+    """
+    import torch
+    from torch.nn.functional import kl_div, one_hot
+
+    n, classes = student.shape
+    target = one_hot(teacher.argmax(1) if labels is None else labels, classes).bool()
+
+    def parts(outputs: Any) -> tuple[Any, Any]:
+        z = outputs.float() / temperature
+        rest = z[~target].view(n, classes - 1)
+        two = torch.stack([z[target], rest.logsumexp(1)], 1).log_softmax(1)
+        return two, rest.log_softmax(1)
+
+    (ours, our_rest), (theirs, their_rest) = parts(student), parts(teacher)
+    tckd = kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    nckd = kl_div(our_rest, their_rest, reduction="batchmean", log_target=True)
+    return (alpha * tckd + beta * nckd) * temperature**2
+
+
 def protect(model: Any) -> tuple[str, ...]:
     """Names of layers whose outputs are the answer and must keep their width: the last Linear or convolution."""
     from torch import nn

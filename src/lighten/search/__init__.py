@@ -26,10 +26,24 @@ SLOWER = 1.05
 QUANTIZE = Step("quantize")
 
 
-def menu(formats: Iterable[str], precisions: Iterable[Precision], quantize: Step = QUANTIZE) -> tuple[Recipe, ...]:
-    """Every format at every precision, quantized ones by the step `quantize`."""
+def menu(
+    formats: Iterable[str], precisions: Iterable[Precision], quantize: Step = QUANTIZE, steps: tuple[Step, ...] = ()
+) -> tuple[Recipe, ...]:
+    """Every format at every precision, after `steps`, quantized ones by the step `quantize`."""
+    formats = tuple(formats)
     rows = [(f, p) for p in precisions for f in formats]
-    return tuple(Recipe((quantize,) if p.quantized else (), p, f) for f, p in rows)
+    return tuple(Recipe((*steps, quantize) if p.quantized else steps, p, f) for f, p in rows)
+
+
+MOST_SHRINK = {"float32": 0.0, "float16": 51.0}
+"""Percent of the bytes that a precision can take off at most: its weights, and nothing added."""
+
+
+def worth_a_trial(precisions: Iterable[Precision], budget: Budget, base: Evidence) -> tuple[Precision, ...]:
+    """Without the floats that cannot meet the limits on size, whatever their file looks like."""
+    wanted = [budget.min_shrink or 0.0]
+    wanted += [100 * (1 - budget.max_size_mb * 1e6 / base.size.bytes)] if budget.max_size_mb else []
+    return tuple(p for p in precisions if MOST_SHRINK.get(p.weights, 100.0) >= max(wanted))
 
 
 BITS = {

@@ -1,0 +1,238 @@
+"""Small data first: what narrowing each channel group costs, and what the layers take in each runtime. Measures only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lighten import cost
+from lighten.plugins import get
+from lighten.search.widths import Costs, bits_harm, harms, layer_bytes, steps_of
+from lighten.types import ChannelGroup, Evidence, Job, LayerCost, LayerShape, Trial, WidthCost
+from lighten.workshop import input_shape
+
+IMAGES, NORM_IMAGES = 256, 128
+"""Calibration images that a narrowed network answers, and of those how many its batch norms are re-estimated on."""
+SHARES = (0.5, 0.25)
+"""Shares of its channels that each group is measured at."""
+INT8, INT4 = ("int8", "int8"), ("int4", "int8")
+
+
+@dataclass(frozen=True)
+class Scouted:
+    """The network's layers and channel groups; what each group costs when it is narrowed and each layer at fewer bits,
+    alone; and per format what the layers take."""
+
+    shapes: Mapping[str, LayerShape]
+    groups: tuple[ChannelGroup, ...]
+    widths: tuple[WidthCost, ...]
+    bits: tuple[LayerCost, ...]
+    times: Mapping[str, cost.CostModel]
+
+
+Keep = Callable[[str, Any], None]
+"""Told each new row at once, with its kind in the ledger ("width", "cost")."""
+
+
+def unkept(kind: str, row: Any) -> None:
+    """The callback of those who keep nothing."""
+
+
+Enough = Callable[[], bool]
+"""Asked after each row: whether measuring has to end here, with what there is."""
+
+
+def never() -> bool:
+    """For those who have time."""
+    return False
+
+
+class _Stopped(Exception):
+    """Enough was measured."""
+
+
+def scout(
+    job: Job,
+    formats: Sequence[str],
+    *,
+    bits: bool = True,
+    widths: Iterable[WidthCost] = (),
+    costs: Iterable[LayerCost] = (),
+    keep: Keep = unkept,
+    enough: Enough = never,
+) -> Scouted:
+    """Everything that planning widths and bits needs, from some hundred images and single layers.
+
+    Rows of `widths` and `costs` are known already. Without `bits`, or where there was `enough` before, 4-bit weights
+    are not measured; a group that was not measured counts as the mean of the others. Raises BadModel where
+    the dependency graph cannot be traced.
+    """
+    from lighten.kit import channels
+
+    shape = input_shape(job)
+    protect = get("tasks", job.task).protect(job.original)
+    shapes = channels.shapes(job.original, shape)
+    groups = channels.groups(job.original, shape, protect)
+    narrow = width_costs(job, groups, protect, widths, lambda row: keep("width", row), enough)
+    fewer = bit_costs(job, costs, lambda row: keep("cost", row), enough) if bits else ()
+    times = {f: cost.measure(tuple(shapes.values()), INT8, f, job.device, progress=job.progress) for f in formats}
+    return Scouted(shapes, groups, narrow, fewer, times)
+
+
+def bit_costs(
+    job: Job,
+    known: Iterable[LayerCost] = (),
+    made: Callable[[LayerCost], None] = lambda row: None,
+    enough: Enough = never,
+) -> tuple[LayerCost, ...]:
+    """Each layer alone with 8-bit and with 4-bit weights."""
+    from lighten.quant import sensitivity
+
+    sample = job.data.calibrate.take(NORM_IMAGES)
+    rows = list(known)
+
+    def keep(row: LayerCost) -> None:
+        rows.append(row)
+        made(row)
+        if enough():
+            raise _Stopped
+
+    with contextlib.suppress(_Stopped):
+        sensitivity.scan(
+            job.original,
+            input_shape(job),
+            [_tensor(x) for x in sample.batches(job.preprocess, 32)],
+            job.device,
+            (INT8, INT4),
+            labels=_tensor(sample.labels),
+            known=known,
+            made=keep,
+            step=lambda done, total: job.progress("what each layer costs at 4 bits", done, total),
+        )
+    return tuple(rows)
+
+
+def width_costs(
+    job: Job,
+    groups: Sequence[ChannelGroup],
+    protect: Sequence[str],
+    known: Iterable[WidthCost] = (),
+    made: Callable[[WidthCost], None] = lambda row: None,
+    enough: Enough = never,
+) -> tuple[WidthCost, ...]:
+    """Each group alone at each of SHARES: least important channels gone, batch norms re-estimated, nothing trained.
+
+    All groups at the first share come before any at the second, so that what is cut short still knows every group.
+    """
+    done = {row.key: row for row in known}
+    ladders = [(g, measured_widths(g, job.device.channel_multiple)) for g in groups]
+    wanted = [(g, ws[k]) for k in range(len(SHARES)) for g, ws in ladders if k < len(ws)]
+    sample = job.data.calibrate.take(IMAGES)
+    x = _tensor(sample.inputs(job.preprocess))
+    before = _outputs(job.original, x)
+    for k, (group, width) in enumerate(wanted):
+        job.progress("what each channel group costs", k, len(wanted))
+        if (group.name, width) not in done:
+            row = _cost(job, group, width, protect, x, before, sample.labels)
+            done[row.key] = row
+            made(row)
+        if enough():
+            break
+    job.progress("what each channel group costs", len(wanted), len(wanted))
+    return tuple(done[g.name, w] for g, w in wanted if (g.name, w) in done)
+
+
+def measured_widths(group: ChannelGroup, multiple: int) -> tuple[int, ...]:
+    """The widths nearest to SHARES among those the group may have; none where it cannot be narrowed."""
+    steps = steps_of(group, multiple)[1:]
+    near = [min(steps, key=lambda w: abs(w - share * group.channels)) for share in SHARES if steps]
+    return tuple(dict.fromkeys(near))
+
+
+def _cost(
+    job: Job, group: ChannelGroup, width: int, protect: Sequence[str], x: Any, before: np.ndarray, labels: np.ndarray
+) -> WidthCost:
+    from lighten.kit import channels, importance, norms
+
+    model = copy.deepcopy(job.original)
+    channels.prune(model, input_shape(job), {group.name: width}, importance.scorer("l2", model), protect)
+    norms.reestimate(model, x[:NORM_IMAGES].split(64))
+    after = _outputs(model, x)
+    return WidthCost(group.name, width, divergence(before, after), get("tasks", job.task).drop(before, after, labels))
+
+
+def divergence(before: np.ndarray, after: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of the softmax of `after` from that of `before` (N, classes), in nats."""
+    p, q = _log_softmax(before), _log_softmax(after)
+    value = float((np.exp(p) * (p - q)).sum(1).mean())
+    return value if math.isfinite(value) else math.inf
+
+
+def _log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z.astype(np.float64) - z.max(1, keepdims=True)
+    return np.asarray(z - np.log(np.exp(z).sum(1, keepdims=True)))
+
+
+def _outputs(model: Any, x: Any) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return np.concatenate([model(part).float().numpy() for part in x.split(64)])
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
+
+
+# --- from what was measured to what planning reads ----------------------------------------------------
+
+
+def costs(found: Scouted, format: str, trials: Iterable[Trial], job: Job, ends: Sequence[str] = ()) -> Costs:
+    """What planning needs for one format: layer times held to every int8 file that was measured whole, and what those
+    files hold beside their layers. The `ends` keep 8 bits."""
+    seen = [t for t in trials if t.evidence and t.recipe.format == format and t.recipe.precision.weights == "int8"]
+    networks = [(t.network or tuple(found.shapes.values()), t) for t in seen]
+    model = cost.calibrated(found.times[format], [(n, _evidence(t).p50(1)) for n, t in networks])
+    spare = [_evidence(t).size.bytes - _bytes(n, t) for n, t in networks]
+    return Costs(
+        found.shapes,
+        found.groups,
+        harms(found.widths, found.groups),
+        lambda s: cost.predict(model, (s,)) - model.call_ms,
+        model.call_ms,
+        max(spare, default=0.0),
+        bits={n: d for n, d in bits_harm(found.bits).items() if n in found.shapes and n not in ends},
+        multiple=job.device.channel_multiple,
+    )
+
+
+def _bytes(network: Iterable[LayerShape], trial: Trial) -> float:
+    four = {name for name, weights, _ in trial.recipe.precision.exceptions if weights == "int4"}
+    return sum(layer_bytes(s, 4 if s.name in four else 8) for s in network)
+
+
+def groups_of(job: Job) -> tuple[ChannelGroup, ...]:
+    """The channel groups of the original."""
+    from lighten.kit import channels
+
+    return channels.groups(job.original, input_shape(job), get("tasks", job.task).protect(job.original))
+
+
+def ends_of(job: Job) -> tuple[str, ...]:
+    """The first and the last layer, which keep 8 bits."""
+    from lighten.quant.static import ends
+
+    return tuple(ends(job.original, input_shape(job)))
+
+
+def _evidence(trial: Trial) -> Evidence:
+    assert trial.evidence is not None
+    return trial.evidence

@@ -1,0 +1,175 @@
+"""How a budget is reached that quantization alone misses: probes first, then the training that the time allows. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lighten.search.widths import Costs, Limits, Plan, even, fitted, predict
+from lighten.types import Budget, Evidence, Predicted, Recipe, Step, Trial
+
+ROOM = 0.97
+"""Share of each limit that is planned for: what is predicted is not what is measured."""
+PLANS, REPLANS = 2, 3
+"""Plans that are probed at once, and how often they are made anew after probes that broke a limit."""
+PROBE_SHARE, PROBE_EPOCHS = 0.04, 1.0
+"""A probe trains for this share of the time given, and never longer than this."""
+EPOCHS, MOST_EPOCHS = 10.0, 60.0
+"""Passes over the training images of the long training: without a limit on time, and with one."""
+AGAIN = 2
+"""Without a limit on time, how often a training that missed the allowed drop is repeated with twice the epochs."""
+LEAST_TRAINING_S = 5.0
+NARROW = "channel_prune"
+
+
+@dataclass(frozen=True)
+class Means:
+    """What narrowing may use: costs for each format (planned for its own runtime), the ends that keep 8 bits, and
+    how much of the time is left. `tail_s` is what has to happen after the last training, `probe_s` one probe's own."""
+
+    costs: dict[str, Costs]
+    formats: tuple[str, ...]
+    baseline: Trial
+    budget: Budget
+    ends: tuple[str, ...] = ()
+    left_s: float | None = None
+    tail_s: float = 0.0
+
+
+def goal(budget: Budget, base: Evidence, room: float = ROOM) -> Limits:
+    """The budget's limits on size and time in bytes and ms, with some room."""
+    sizes = [budget.max_size_mb * 1e6] if budget.max_size_mb else []
+    sizes += [base.size.bytes * (1 - budget.min_shrink / 100)] if budget.min_shrink else []
+    times = [budget.max_latency_ms] if budget.max_latency_ms else []
+    times += [base.p50(1) / budget.min_speedup] if budget.min_speedup else []
+    return Limits(min(sizes) * room if sizes else None, min(times) * room if times else None)
+
+
+def needed(trials: Iterable[Trial], baseline: Trial, budget: Budget) -> bool:
+    """Whether no file is inside the budget yet, and one of its limits is on size or time, which narrowing can mend."""
+    base = _evidence(baseline)
+    limits = goal(budget, base)
+    if limits.bytes is None and limits.latency_ms is None:
+        return False
+    return not any(t.evidence and not budget.misses(t.evidence, base) for t in trials)
+
+
+def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
+    """The recipes to try next, one plan in one format or in all; none where the budget is met, or time is up.
+
+    Probes are short trials of whole recipes (prune, train a little, quantize, measure the file), so that size and time
+    are known before the long training, which only the best of them gets (one round of successive halving; Jamieson &
+    Talwalkar, 2016). Where every probe broke a limit, widths are planned anew for limits tightened by what was missed.
+    """
+    probes = [t for t in done if is_probe(t.recipe)]
+    long = [t for t in done if narrows(t.recipe) and not is_probe(t.recipe)]
+    if long:
+        return _again(means, long)
+    if not probes:
+        return tuple(_probe(means, plan) for plan in candidates(means, 1.0))
+    inside = [t for t in probes if t.evidence and not _cost_misses(means, t.evidence)]
+    if inside:
+        best = max(inside, key=lambda t: _evidence(t).metric.value)
+        return _long(means, best.recipe)
+    measured = [t for t in probes if t.evidence]
+    if not measured or len(probes) > PLANS * REPLANS:
+        return ()
+    tighter = min(_tightened(means, t) for t in measured[-PLANS:])
+    return tuple(_probe(means, plan) for plan in candidates(means, tighter))
+
+
+def candidates(means: Means, tighten: float) -> list[Plan]:
+    """By the measured damages, and evenly (the control that tells whether measuring was worth it)."""
+    costs = means.costs[_fastest(means)]
+    limits = goal(means.budget, _evidence(means.baseline), ROOM * tighten)
+    found = [fitted(costs, limits), even(costs, limits)]
+    return list(dict.fromkeys(p for p in found if p is not None))
+
+
+def _fastest(means: Means) -> str:
+    """The format whose files are expected to be the fastest when nothing is narrowed."""
+
+    def ms(name: str) -> float:
+        return predict(means.costs[name], {}).latency_ms or 0.0
+
+    return min(means.formats, key=ms)
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def _probe(means: Means, plan: Plan) -> Recipe:
+    """A short trial in the fastest format."""
+    seconds = 0.0 if means.left_s is None else max(LEAST_TRAINING_S, PROBE_SHARE * means.left_s)
+    training = Step("distill", _pairs(epochs=PROBE_EPOCHS, seconds=round(seconds, 1)))
+    steps = (Step(NARROW, _pairs(widths=plan.widths)), training, Step("quantize"))
+    return Recipe(steps, plan.precision(means.ends), _fastest(means))
+
+
+def _long(means: Means, probe: Recipe, epochs: float = EPOCHS) -> tuple[Recipe, ...]:
+    """The probed widths with the long training, in every format; nothing where no time is left for it."""
+    if means.left_s is None:
+        training = Step("distill", _pairs(epochs=epochs, seconds=0.0))
+    else:
+        seconds = means.left_s - means.tail_s
+        if seconds < LEAST_TRAINING_S:
+            return ()
+        training = Step("distill", _pairs(epochs=MOST_EPOCHS, seconds=round(seconds, 1)))
+    steps = (probe.steps[0], training, *probe.steps[2:])
+    return tuple(dataclasses.replace(probe, steps=steps, format=f) for f in means.formats)
+
+
+def _again(means: Means, long: Sequence[Trial]) -> tuple[Recipe, ...]:
+    """Twice the epochs where only the drop was missed and nobody limited the time."""
+    base = _evidence(means.baseline)
+    met = any(t.evidence and not means.budget.misses(t.evidence, base) for t in long)
+    tried = sorted({dict(t.recipe.steps[1].settings)["epochs"] for t in long})
+    if met or means.left_s is not None or len(tried) > AGAIN or all(t.evidence is None for t in long):
+        return ()
+    return _long(means, long[-1].recipe, epochs=2 * tried[-1])
+
+
+def _pairs(**settings: object) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted(settings.items()))
+
+
+def is_probe(recipe: Recipe) -> bool:
+    """Whether it is a short trial of the widths of a longer one."""
+    epochs = [dict(s.settings).get("epochs") for s in recipe.steps if s.method == "distill"]
+    return narrows(recipe) and epochs == [PROBE_EPOCHS]
+
+
+def narrows(recipe: Recipe) -> bool:
+    """Whether it removes channels."""
+    return any(s.method == NARROW for s in recipe.steps)
+
+
+def widths_of(recipe: Recipe) -> tuple[tuple[str, int], ...]:
+    """The channels kept by group that a recipe asks for."""
+    return next((tuple(dict(s.settings).get("widths", ())) for s in recipe.steps if s.method == NARROW), ())
+
+
+def expected(means: Means, recipe: Recipe) -> Predicted:
+    """Bytes and ms of the file that a narrowed recipe will give."""
+    int4 = [name for name, weights, _ in recipe.precision.exceptions if weights == "int4"]
+    return predict(means.costs[recipe.format], dict(widths_of(recipe)), int4)
+
+
+def _cost_misses(means: Means, got: Evidence) -> bool:
+    """Whether a limit other than the drop is broken."""
+    free = dataclasses.replace(means.budget, max_drop=None)
+    return bool(free.misses(got, _evidence(means.baseline)))
+
+
+def _tightened(means: Means, trial: Trial) -> float:
+    """What the limits must be multiplied by so that a file that overran them as this one did would keep them."""
+    got = _evidence(trial)
+    limits = goal(means.budget, _evidence(means.baseline), 1.0)
+    over = limits.excess(Predicted(got.size.bytes, got.p50(1)))
+    return 1 / (1 + max(over, 0.0) + (1 - ROOM))
+
+
+def _evidence(trial: Trial) -> Evidence:
+    assert trial.evidence is not None
+    return trial.evidence

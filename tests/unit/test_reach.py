@@ -1,0 +1,138 @@
+"""Which narrowed recipe comes next, from made-up measurements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from conftest import trial
+from lighten.search import reach
+from lighten.types import Budget, Failure, Precision, Recipe, Step, Trial
+from test_widths import costs
+
+BASE = trial(Recipe(), top1=90.0, error=0.5, size=120_000, ms=8.0)
+INT8 = Precision("int8", "int8")
+BUDGET = Budget(max_drop=0.5, min_shrink=85, min_speedup=4)
+
+
+def means(budget: Budget = BUDGET, left_s: float | None = 1000.0, tail_s: float = 50.0) -> reach.Means:
+    known = {"onnx": costs(), "openvino": costs(other_ms=0.5)}
+    return reach.Means(known, ("onnx", "openvino"), BASE, budget, (), left_s, tail_s)
+
+
+def measured(recipe: Recipe, **numbers: float) -> Trial:
+    """A trial inside the budget unless told otherwise."""
+    return trial(recipe, **{"top1": 80.0, "drop": 10.0, "size": 17_000, "ms": 1.5, **numbers})
+
+
+def test_the_goal_is_the_tighter_of_each_pair_of_limits() -> None:
+    base = BASE.evidence
+    assert base is not None
+    got = reach.goal(Budget(max_size_mb=0.05, min_shrink=85, max_latency_ms=1.0, min_speedup=4), base, 1.0)
+    assert got.bytes == pytest.approx(18_000)
+    assert got.latency_ms == 1.0
+    assert reach.goal(Budget(max_drop=1), base).bytes is None
+
+
+def test_narrowing_is_needed_only_where_size_or_time_is_missed() -> None:
+    small = trial(Recipe((Step("quantize"),), INT8), size=17_000, ms=1.0)
+    large = trial(Recipe((Step("quantize"),), INT8), size=30_000, ms=1.0)
+    assert reach.needed([large], BASE, BUDGET)
+    assert not reach.needed([large, small], BASE, BUDGET)
+    assert not reach.needed([large], BASE, Budget(max_drop=0.1))
+    assert reach.needed([Trial(Recipe(), failure=Failure("", ""))], BASE, BUDGET)
+
+
+def test_first_come_probes_of_measured_and_even_widths_in_the_fastest_format() -> None:
+    probes = reach.next_recipes(means(), ())
+    assert len(probes) == 2
+    assert all(reach.is_probe(r) and r.format == "onnx" and r.precision == INT8 for r in probes)
+    assert len({reach.widths_of(r) for r in probes}) == 2
+    assert all(dict(r.steps[1].settings)["seconds"] == reach.PROBE_SHARE * 1000 for r in probes)
+    for r in probes:
+        expected = reach.expected(means(), r)
+        assert expected.bytes <= 18_000 * reach.ROOM
+        assert expected.latency_ms is not None
+        assert expected.latency_ms <= 2.0 * reach.ROOM
+
+
+def test_the_better_probe_gets_the_long_training_in_every_format_and_all_the_time_there_is() -> None:
+    first, second = reach.next_recipes(means(), ())
+    long = reach.next_recipes(means(), [measured(first, top1=70.0), measured(second, top1=75.0)])
+    assert [r.format for r in long] == ["onnx", "openvino"]
+    assert {reach.widths_of(r) for r in long} == {reach.widths_of(second)}
+    assert not any(map(reach.is_probe, long))
+    assert dict(long[0].steps[1].settings)["seconds"] == 950.0
+
+
+def test_a_probe_outside_the_limits_never_gets_the_long_training() -> None:
+    first, second = reach.next_recipes(means(), ())
+    long = reach.next_recipes(means(), [measured(first, top1=70.0), measured(second, top1=75.0, ms=2.5)])
+    assert {reach.widths_of(r) for r in long} == {reach.widths_of(first)}
+
+
+def test_where_every_probe_broke_a_limit_narrower_ones_are_planned() -> None:
+    probes = reach.next_recipes(means(), ())
+    again = reach.next_recipes(means(), [measured(r, ms=2.6) for r in probes])
+    assert again
+    assert all(map(reach.is_probe, again))
+    tightest = min(reach.expected(means(), r).latency_ms or 0 for r in probes)
+    assert all((reach.expected(means(), r).latency_ms or 0) < tightest for r in again)
+
+
+def test_planning_anew_comes_to_an_end() -> None:
+    done: list[Trial] = []
+    for _ in range(20):
+        todo = reach.next_recipes(means(), done)
+        if not todo:
+            break
+        done += [measured(r, ms=3.0) for r in todo]
+    else:
+        pytest.fail("it never ends")
+    assert all(reach.is_probe(t.recipe) for t in done)
+
+
+def test_failed_probes_end_the_search() -> None:
+    probes = reach.next_recipes(means(), ())
+    assert reach.next_recipes(means(), [Trial(r, failure=Failure("being built", "no")) for r in probes]) == ()
+
+
+def test_with_no_time_left_for_training_nothing_is_begun() -> None:
+    probes = reach.next_recipes(means(), ())
+    assert reach.next_recipes(means(left_s=52.0), [measured(r) for r in probes]) == ()
+
+
+def test_a_finished_long_training_ends_a_search_with_limited_time() -> None:
+    probes = reach.next_recipes(means(), ())
+    done = [measured(r) for r in probes]
+    long = [measured(r, drop=3.0) for r in reach.next_recipes(means(), done)]
+    assert reach.next_recipes(means(), [*done, *long]) == ()
+
+
+def test_without_a_limit_on_time_a_missed_drop_is_trained_twice_as_long_but_not_forever() -> None:
+    free = means(left_s=None)
+    done = [measured(r) for r in reach.next_recipes(free, ())]
+    epochs = []
+    while todo := reach.next_recipes(free, done):
+        epochs.append(dict(todo[0].steps[1].settings)["epochs"])
+        assert dict(todo[0].steps[1].settings)["seconds"] == 0.0
+        done += [measured(r, drop=2.0) for r in todo]
+    assert epochs == [reach.EPOCHS, 2 * reach.EPOCHS, 4 * reach.EPOCHS]
+
+
+def test_a_met_budget_ends_the_search() -> None:
+    free = means(left_s=None)
+    done = [measured(r) for r in reach.next_recipes(free, ())]
+    done += [measured(r, drop=0.2) for r in reach.next_recipes(free, done)]
+    assert reach.next_recipes(free, done) == ()
+
+
+def test_a_limit_that_no_width_can_keep_gives_no_recipe() -> None:
+    assert reach.next_recipes(means(Budget(max_size_mb=0.001)), ()) == ()
+
+
+def test_a_probe_and_its_long_training_are_told_apart() -> None:
+    first = reach.next_recipes(means(), ())[0]
+    assert reach.narrows(first)
+    assert not reach.is_probe(replace(first, steps=first.steps[1:]))
