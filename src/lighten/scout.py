@@ -80,7 +80,7 @@ def scout(
     shapes = channels.shapes(job.original, shape)
     groups = channels.groups(job.original, shape, protect)
     narrow = width_costs(job, groups, protect, widths, lambda row: keep("width", row), enough)
-    fewer = bit_costs(job, costs, lambda row: keep("cost", row), enough) if bits else ()
+    fewer = bit_costs(job, costs, lambda row: keep("cost", row), enough) if bits and not enough() else tuple(costs)
     times = {f: cost.measure(tuple(shapes.values()), INT8, f, job.device, progress=job.progress) for f in formats}
     return Scouted(shapes, groups, narrow, fewer, times)
 

@@ -475,11 +475,12 @@ def try_all(
     for line in left_out(job.device, settings):
         log(line)
     while (recipe := search.next_recipe(menu, done)) is not None:
-        if clock.is_up:
+        limit_s = limit_of(book, baseline, job, clock)
+        if limit_s is not None and limit_s <= 0:
             log(f"time is up after {len(done)} trials")
             break
         job.progress("trials", len(done), len(menu))
-        book, trial = tried(book, recipe, bench, folder, log, limit_s=clock.left_s)
+        book, trial = tried(book, recipe, bench, folder, log, limit_s=limit_s)
         done.append(trial)
     job.progress("trials", len(menu), len(menu))
     return book
@@ -505,7 +506,10 @@ def narrowed(
     What is decided is recorded before it is tried: an interrupted run goes on with the same recipes.
     """
     mine = {r.id for r in menu}
-    if not may_narrow(job, settings) or not reach.needed([t for t in book.trials if t.id in mine], baseline, budget):
+    if not may_narrow(settings) or not reach.needed([t for t in book.trials if t.id in mine], baseline, budget):
+        return book
+    if reason := hindered(book, baseline, job, clock):
+        log(f"quantization alone misses the budget, and the network is not narrowed: {reason}")
         return book
     names = formats(job.device, settings)
     log("quantization alone misses the budget: measuring what each channel group costs, on little data")
@@ -516,24 +520,33 @@ def narrowed(
 
     bytes_limited = reach.goal(budget, evidence_of(baseline)).bytes is not None
     enough = clock.share(SCAN_SHARE)
-    with clock.part("sensitivity"):
-        found = scout.scout(
-            job, names, bits=bytes_limited, widths=book.widths, costs=book.costs, keep=keep, enough=enough
-        )
-        ends = scout.ends_of(job)
+    try:
+        with clock.part("sensitivity"):
+            found = scout.scout(
+                job, names, bits=bytes_limited, widths=book.widths, costs=book.costs, keep=keep, enough=enough
+            )
+            ends = scout.ends_of(job)
+    except BadModel as e:
+        log(f"the network is not narrowed: {e.what} {e.to_do}")
+        return book
     while todo := next_narrow(book, found, ends, names, baseline, job, budget, clock):
         for recipe in todo:
             if recipe not in book.planned:
                 book = book.append("planned", recipe)
         for recipe in todo:
-            if clock.is_up:
+            limit_s = limit_of(book, baseline, job, clock)
+            if limit_s is not None and limit_s <= 0:
                 log("time is up")
                 return book
             means = means_of(book, found, ends, names, baseline, job, budget, clock)
             expected = reach.expected(means, recipe)
             log(f"{recipe.title}: {said(recipe, found, expected)}")
             with clock.part("probes" if reach.is_probe(recipe) else "training"):
-                book, _ = tried(book, recipe, bench, folder, log, predicted=expected, limit_s=clock.left_s)
+                book, _ = tried(book, recipe, bench, folder, log, predicted=expected, limit_s=limit_s)
+    if clock.is_up:
+        log("time is up")
+    elif not book.planned:
+        log("no channel widths are expected to meet the budget: nothing was narrowed")
     return book
 
 
@@ -543,9 +556,18 @@ def evidence_of(trial: Trial) -> Evidence:
     return trial.evidence
 
 
-def may_narrow(job: Job, settings: Settings) -> bool:
-    """Whether the search may change the network: nobody asked for one way, and there is something to train on."""
-    return settings.narrow and not settings.asked and not settings.steps and bool(job.data.train)
+def may_narrow(settings: Settings) -> bool:
+    """Whether the search may change the network: nobody asked for one way, or for none."""
+    return settings.narrow and not settings.asked and not settings.steps
+
+
+def hindered(book: ledger.Ledger, baseline: Trial, job: Job, clock: Clock) -> str | None:
+    """Why narrowing cannot even begin, or None."""
+    if not len(job.data.train):
+        return "there are no training images to recover on"
+    if clock.left_s is not None and clock.left_s < closing_s(book, baseline, job) + 2 * reach.LEAST_TRAINING_S:
+        return f"only {max(clock.left_s, 0):.0f} s are left"
+    return None
 
 
 def next_narrow(
@@ -590,9 +612,20 @@ def tail_s(book: ledger.Ledger, names: Sequence[str], baseline: Trial, job: Job)
     """Seconds that follow the last training: quantize, export and measure each format, then read the report images."""
     known = [t for t in book.trials if t.evidence]
     each = [max((untrained_s(t) for t in known if t.recipe.format == f), default=20.0) for f in names]
-    rates = [t.evidence.throughput for t in (baseline, *known) if t.evidence]
-    reading = len(job.data.report) / max(min(rates, default=50.0), 1e-3)
-    return SPARE_S + sum(each) + 2 * reading
+    return SPARE_S + sum(each) + closing_s(book, baseline, job)
+
+
+def closing_s(book: ledger.Ledger, baseline: Trial, job: Job) -> float:
+    """Seconds that follow the last trial: original and winner answer the report images, each in a new process."""
+    known = [(t, t.evidence) for t in (baseline, *book.trials) if t.evidence]
+    rate = max(min(e.throughput for _, e in known), 1e-3)
+    start = min(max(t.measure_s - len(job.data.select) / e.throughput, 0.0) for t, e in known)
+    return 2 * (start + len(job.data.report) / rate)
+
+
+def limit_of(book: ledger.Ledger, baseline: Trial, job: Job, clock: Clock) -> float | None:
+    """Seconds after which a trial is stopped, so that what follows keeps within the time."""
+    return None if clock.left_s is None else clock.left_s - closing_s(book, baseline, job)
 
 
 def untrained_s(trial: Trial) -> float:

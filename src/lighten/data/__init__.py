@@ -133,7 +133,7 @@ def read_held_out(file: Path) -> tuple[int | str, ...]:
         lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise BadData(f"{file} cannot be read ({e}).", "Give a text file with one image a line.") from e
-    found = tuple(int(line) if line.isdigit() else line for line in lines if line and not line.startswith("#"))
+    found = tuple(int(line) if line.isdecimal() else line for line in lines if line and not line.startswith("#"))
     if not found:
         raise BadData(f"{file} names no image.", "Write one a line: its number, or its path.")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import os
@@ -131,6 +132,8 @@ def fit(
     autocast: bool = True,
     before_step: Hook | None = None,
     after_step: Hook | None = None,
+    targets: Tensor | None = None,
+    spent_s: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> nn.Module:
     """Train on `job.data.train`; returns the averaged (EMA) model on the CPU, in eval mode.
@@ -141,14 +144,17 @@ def fit(
     the weights have moved, before they are averaged.
 
     With `checkpoint`, state is written whole after each epoch (and each minute of a long one), and the same call goes
-    on from there; of `settings.seconds` it has what is left. Under torchrun (WORLD_SIZE above 1) each process takes its
+    on from there; of `settings.seconds` it has what is left, and `spent_s` were spent before this call. `targets`
+    (images, ...) are handed to the loss instead of the labels. Under torchrun (WORLD_SIZE above 1) each process takes its
     share of every batch.
 
     Where the loss is not finite, model, average and optimizer go back to the last good state, the learning rate is
     halved from there on, and `job.say` tells. Raises BadConfig at the third time.
     """
-    watch = _Watch(clock, settings.seconds)
+    watch = _Watch(clock, settings.seconds, spent_s)
     run = _Run.start(model, settings, job, checkpoint, groups, autocast, watch)
+    if targets is not None:
+        run.labels = targets.to(run.device)
     hooks = (before_step, after_step)
     while run.step < run.total:
         first = run.step
@@ -156,6 +162,8 @@ def fit(
         run.save()
         if after_epoch and run.rank == 0 and run.step > first:
             after_epoch(math.ceil(run.step / run.steps), run.average.eval(), mean_loss)
+    if run.rank == 0:
+        job.say(f"trained {run.step / run.steps:.1f} epochs in {watch.spent:.0f} s")
     return run.average.eval().cpu()
 
 
@@ -295,7 +303,8 @@ class _Run:
                 "Choose another out folder, or remove it.",
             )
         self._load(state)
-        self.scale, self.failures, self.watch.before = state["scale"], state["failures"], state["spent"]
+        self.scale, self.failures = state["scale"], state["failures"]
+        self.watch.before += state["spent"]
         if state["finished"]:
             self.total = self.step
 
@@ -457,18 +466,28 @@ def _blend(average: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 
 def _in_memory(job: Job, device: torch.device) -> Tensor | None:
+    split = decoded(job).data.train
+    return None if split.ready is None else torch.from_numpy(split.ready).to(device)
+
+
+def decoded(job: Job) -> Job:
+    """`job` with its training images decoded, where they fit into memory. Raises BadConfig on unreadable ones."""
     split, how = job.data.train, job.preprocess
-    if split.ready is None:
-        one = split.pixels(how, slice(0, 1))
-        if one.nbytes * len(split) > IN_MEMORY:
-            return None
-        split = split.prepare(how, job.progress, "training")
-        if len(split) != len(job.data.train):
-            raise BadConfig(
-                f"{len(job.data.train) - len(split)} training images cannot be read: {split.unreadable[0]}",
-                "Remove them.",
-            )
-    return torch.from_numpy(split.ready).to(device)
+    if _last and _last[0] is split and _last[1] == how:
+        return dataclasses.replace(job, data=dataclasses.replace(job.data, train=_last[2]))
+    if split.ready is not None or split.pixels(how, slice(0, 1)).nbytes * len(split) > IN_MEMORY:
+        return job
+    ready = split.prepare(how, job.progress, "training")
+    if len(ready) != len(split):
+        raise BadConfig(
+            f"{len(split) - len(ready)} training images cannot be read: {ready.unreadable[0]}", "Remove them."
+        )
+    _last[:] = [split, how, ready]
+    return dataclasses.replace(job, data=dataclasses.replace(job.data, train=ready))
+
+
+_last: list[Any] = []
+"""Training images that were decoded last, as [split, preprocessing, decoded split]: trials of one run share them."""
 
 
 def _join_workers() -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from lighten.errors import BadConfig
 from lighten.kit.features import Pair, attention_loss, pairs, watched
-from lighten.kit.fit import FitSettings, Hook, Loss, best_device, fit, gains_from_bf16
+from lighten.kit.fit import FitSettings, Hook, Loss, best_device, decoded, fit, gains_from_bf16
 from lighten.types import Job, digest, to_json
 
 LOSSES = ("kd", "dkd")
+ANSWER_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Recovery:
     `loss` is "kd" (Hinton et al., 2015) or "dkd" (Zhao et al., 2022), at `temperature`; `features` weighs attention
     transfer (Zagoruyko & Komodakis, 2017), which comes on top. `epochs` may be a fraction; `seconds` is a limit of
     wall-clock time by which training ends with its learning rate annealed.
+
+    With `once` the teacher answers each training image only once, before training: as it is and mirrored, and the mean
+    is what the student learns from every augmented view. That costs two passes and saves one in every epoch, so a
+    training of known time sees more epochs.
     """
 
     epochs: float = 1.0
@@ -43,11 +49,13 @@ class Recovery:
     shift: float = 0.125
     flip: bool = True
     label_smoothing: float = 0.0
+    once: bool = False
 
     def __post_init__(self) -> None:
         checks = {
             "distill must be between 0 and 1": 0 <= self.distill <= 1,
             "temperature must be above 0 and at most 100": 0 < self.temperature <= 100,
+            "once: features are compared on every view, so features must be 0": not (self.once and self.features),
             f"loss must be {' or '.join(LOSSES)}": self.loss in LOSSES,
             "features must be 0 or more": 0 <= self.features < math.inf,
             "label_smoothing must be 0 or more and under 1": 0 <= self.label_smoothing < 1,
@@ -92,10 +100,15 @@ def recover(
     if job.data.train is None or not len(job.data.train):
         raise BadConfig("There are no training images to recover on.", "Give some, or leave training out.")
     model.requires_grad_(True)  # an average of a training before asks for no gradients
+    began = time.monotonic()
     asked = _teacher(teacher) if settings.asks_the_teacher else None
     found: tuple[Pair, ...] = ()
+    targets = None
     if asked is not None:
         found = _compared(model, asked, job, bool(settings.features))
+        if settings.once:
+            job = decoded(job)
+            targets = _with_labels(_answers(asked, job, settings.flip), job)
     return fit(
         model,
         settings.fit_settings(job.seed),
@@ -104,6 +117,8 @@ def recover(
         checkpoint=checkpoint,
         before_step=before_step,
         after_step=after_step,
+        targets=targets,
+        spent_s=time.monotonic() - began,
     )
 
 
@@ -172,6 +187,25 @@ def _layers(model: nn.Module, teacher: nn.Module, x: Tensor) -> tuple[Pair, ...]
     return found
 
 
+def _answers(teacher: nn.Module, job: Job, flip: bool) -> Tensor:
+    """The teacher's logits of every training image (N, classes), the mean of both ways round where `flip`."""
+    split, device, parts = job.data.train, best_device(), []
+    for k in range(0, len(split), ANSWER_BATCH):
+        where = slice(k, min(k + ANSWER_BATCH, len(split)))
+        x = torch.from_numpy(split.inputs(job.preprocess, where)).to(device, memory_format=torch.channels_last)
+        with torch.no_grad(), _autocast(teacher):
+            views = [teacher(v).float() for v in ((x, x.flip(3)) if flip else (x,))]
+        parts.append(torch.stack(views).mean(0))
+        job.progress("the teacher answers", where.stop, len(split))
+    return torch.cat(parts)
+
+
+def _with_labels(answers: Tensor, job: Job) -> Tensor:
+    """(N, 1 + classes): the label, then the teacher's logits. float32 is exact for labels up to 2^24."""
+    labels = torch.from_numpy(job.data.train.labels).to(answers.device, answers.dtype)
+    return torch.cat([labels[:, None], answers], 1)
+
+
 # --- loss ---------------------------------------------------------------------------------------------
 
 
@@ -181,11 +215,15 @@ def _loss(model: nn.Module, teacher: nn.Module | None, settings: Recovery, task:
 
     def loss(student: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         parts = []
+        wanted = None
+        if s.once and teacher is not None:
+            y, wanted = y[:, 0].long(), y[:, 1:]
         with watched(model, [p.student for p in found]) as ours:
             answers = student(x)
         if teacher is not None:
-            with torch.no_grad(), _autocast(teacher), watched(teacher, [p.teacher for p in found]) as theirs:
-                wanted = teacher(x)
+            if wanted is None:
+                with torch.no_grad(), _autocast(teacher), watched(teacher, [p.teacher for p in found]) as theirs:
+                    wanted = teacher(x)
             if s.distill:
                 parts.append(s.distill * _distilled(task, s, answers, wanted, y))
             if s.features:

@@ -21,7 +21,7 @@ class Step:
     lighten:NAME) that replaces the network and starts from random weights.
 
     `epochs` may be a fraction; `seconds` limits the wall-clock time of training, 0 does not. `lr` is the peak of the
-    one-cycle. The seed is the job's.
+    one-cycle. With `once` the teacher answers each image once, before training. The seed is the job's.
     """
 
     epochs: float = 1.0
@@ -38,6 +38,7 @@ class Step:
     shift: float = 0.125
     flip: bool = True
     label_smoothing: float = 0.0
+    once: bool = False
 
     def __post_init__(self) -> None:
         home, _, name = self.student.partition(":")
@@ -90,7 +91,7 @@ class Step:
         try:
             return Recovery(
                 self.epochs, self.seconds or None, self.batch, self.lr, self.distill, self.temperature, self.loss,
-                self.features, self.ema, self.weight_decay, self.shift, self.flip, self.label_smoothing,
+                self.features, self.ema, self.weight_decay, self.shift, self.flip, self.label_smoothing, self.once,
             )  # fmt: skip
         except BadConfig as e:
             raise BadConfig(f"distill: {e.what.partition(': ')[2]}", e.to_do) from e

@@ -20,6 +20,8 @@ EPOCHS, MOST_EPOCHS = 10.0, 60.0
 AGAIN = 2
 """Without a limit on time, how often a training that missed the allowed drop is repeated with twice the epochs."""
 LEAST_TRAINING_S = 5.0
+PROBE_LR, LONG_LR = 0.02, 0.05
+"""Peaks of the learning rate: a short training must not leave what is there, a long one may go further."""
 NARROW = "channel_prune"
 
 
@@ -102,7 +104,7 @@ def _fastest(means: Means) -> str:
 def _probe(means: Means, plan: Plan) -> Recipe:
     """A short trial in the fastest format."""
     seconds = 0.0 if means.left_s is None else max(LEAST_TRAINING_S, PROBE_SHARE * means.left_s)
-    training = Step("distill", _pairs(epochs=PROBE_EPOCHS, seconds=round(seconds, 1)))
+    training = Step("distill", _pairs(epochs=PROBE_EPOCHS, lr=PROBE_LR, seconds=round(seconds, 1)))
     steps = (Step(NARROW, _pairs(widths=plan.widths)), training, Step("quantize"))
     return Recipe(steps, plan.precision(means.ends), _fastest(means))
 
@@ -110,12 +112,12 @@ def _probe(means: Means, plan: Plan) -> Recipe:
 def _long(means: Means, probe: Recipe, epochs: float = EPOCHS) -> tuple[Recipe, ...]:
     """The probed widths with the long training, in every format; nothing where no time is left for it."""
     if means.left_s is None:
-        training = Step("distill", _pairs(epochs=epochs, seconds=0.0))
+        training = Step("distill", _pairs(epochs=epochs, lr=LONG_LR, once=True, seconds=0.0))
     else:
         seconds = means.left_s - means.tail_s
         if seconds < LEAST_TRAINING_S:
             return ()
-        training = Step("distill", _pairs(epochs=MOST_EPOCHS, seconds=round(seconds, 1)))
+        training = Step("distill", _pairs(epochs=MOST_EPOCHS, lr=LONG_LR, once=True, seconds=round(seconds, 1)))
     steps = (probe.steps[0], training, *probe.steps[2:])
     return tuple(dataclasses.replace(probe, steps=steps, format=f) for f in means.formats)
 
