@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.config import read_yaml
-from lighten.errors import BadConfig, LightenError, MissingBackend
+from lighten.errors import BadConfig, LightenError, MissingBackend, UnknownName
 from lighten.search import WAYS
 from lighten.types import Asked, Budget, Device, Precision, Preprocess, Progress, Result, Step, silent
 
@@ -147,6 +147,8 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
     )
     device = _collect(problems, lambda: _device(options.device))
     loaded = _collect(problems, lambda: load_model(_model_in(options)))
+    if settings is not None:  # else its own step has said what is wrong
+        _collect(problems, lambda: _check_names(options, loaded.module if loaded else None))
     if problems:
         raise _together(problems)
     assert loaded is not None
@@ -242,6 +244,21 @@ def steps(options: Options) -> tuple[Step, ...]:
     if training.get("epochs") == 0:
         return (_step(method, given),)
     return _step(method, given), _step("distill", {**training, **allowed})
+
+
+def _check_names(options: Options, module: Any) -> None:
+    """Architecture of a student and layers to keep, before anything costly. Raises UnknownName and its kin."""
+    if options.student:
+        import torch
+
+        from lighten.models.load import build
+
+        with torch.device("meta"):
+            build(options.student)
+    layers = [] if module is None else [name for name, _ in module.named_modules() if name]
+    for name in _words(options.keep):
+        if layers and name not in layers:
+            raise UnknownName("layer", name, layers)
 
 
 def _step(method: str, settings: dict[str, Any]) -> Step:
