@@ -1,6 +1,6 @@
 """Whether the product takes architectures as they come: trained a little, pruned, recovered, quantized, exported, compared.
 
-python benchmarks/architectures.py --keep FOLDER [--archs torchvision:resnet50 timm:convnext_atto] [--train-images 2000]
+python benchmarks/architectures.py --keep FOLDER [--archs torchvision:resnet50 timm:convnext_atto] [--train-images 1000]
 
 It is about working, not about accuracy: a network is trained from random weights until it is above chance, then
 `lighten.compress` prunes and recovers it and writes ONNX and OpenVINO files, in float and int8. An architecture that
@@ -81,8 +81,8 @@ def parse() -> argparse.Namespace:
     add("--keep", type=Path, required=True)
     add("--archs", nargs="+", default=ARCHS)
     add("--input-size", type=int, default=64)
-    add("--train-images", type=int, default=2000)
-    add("--test-images", type=int, default=500)
+    add("--train-images", type=int, default=1000)
+    add("--test-images", type=int, default=256)
     add("--epochs", type=float, default=3.0, help="of training from random weights")
     add("--recover", type=float, default=1.0, help="epochs after pruning")
     add("--ratio", type=float, default=0.3)
@@ -237,9 +237,16 @@ def pairs(onnx: list[Row | None], openvino: list[Row | None], key: str, form: st
     return "; ".join(", ".join(shown(one, key, form) for one in each) for each in (onnx, openvino))
 
 
+def works(row: Row) -> bool:
+    """All four files were made, the float ones answer as torch does on every image, and the checkpoint reads back."""
+    files = [row.get(f"{format}-float32") for format in FORMATS]
+    alike = all(one is not None and one["same_top1"] == 100 for one in files)
+    return not row.get("failed") and not row["failures"] and alike and row.get("reads_back") == "yes"
+
+
 def page(rows: dict[str, Row], data: Data, args: argparse.Namespace) -> str:
     sizes = {name: len(split) for name, split in data.splits.items()}
-    worked = sum("failed" not in r and not r["failures"] for r in rows.values())
+    worked = sum(map(works, rows.values()))
     head = (
         f"{worked} of {len(rows)} architectures work unchanged: trained from random weights for {args.epochs:g} epochs of "
         f"{sizes['train']} CIFAR-10 images at {args.input_size}x{args.input_size}, then `lighten.compress` with "

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,7 @@ MIXES = 4
 DOUBT_IMAGES = 256
 SCAN_SHARE = 0.12
 """Of the time that is left, how much measuring single groups and layers may take."""
+TRAINED = re.compile(r"trained [\d.]+ epochs in (\d+) s")
 SPARE_S = 10.0
 """Seconds that are kept back for what is not foreseen."""
 
@@ -339,8 +341,9 @@ def tried(
         return book, known
     workshop.sweep(folder / "artifacts")
     trial = dataclasses.replace(bench.attempt(recipe, limit_s), predicted=predicted)
+    book = book.append("trial", trial)
     log(line_of(trial))
-    return book.append("trial", trial), trial
+    return book, trial
 
 
 def line_of(trial: Trial) -> str:
@@ -529,7 +532,7 @@ def narrowed(
     except BadModel as e:
         log(f"the network is not narrowed: {e.what} {e.to_do}")
         return book
-    while todo := next_narrow(book, found, ends, names, baseline, job, budget, clock):
+    while todo := next_narrow(book, found, ends, names, baseline, job, folder, budget, clock):
         for recipe in todo:
             if recipe not in book.planned:
                 book = book.append("planned", recipe)
@@ -577,11 +580,12 @@ def next_narrow(
     names: Sequence[str],
     baseline: Trial,
     job: Job,
+    folder: Path,
     budget: Budget,
     clock: Clock,
 ) -> list[Recipe]:
-    """What was decided before and is not tried yet, else what the search decides now."""
-    tried_before = {t.id for t in book.trials}
+    """What was decided before and is not tried yet, or whose files are no longer whole; else what is decided now."""
+    tried_before = {t.id for t in book.trials if workshop.is_whole(t, folder)}
     if open_ := [r for r in book.planned if r.id not in tried_before]:
         return open_
     if clock.is_up:
@@ -629,8 +633,8 @@ def limit_of(book: ledger.Ledger, baseline: Trial, job: Job, clock: Clock) -> fl
 
 
 def untrained_s(trial: Trial) -> float:
-    """Seconds of a trial without those that its training was allowed."""
-    trained = sum(dict(s.settings).get("seconds", 0.0) for s in trial.recipe.steps)
+    """Seconds of a trial without those of its training, as `kit.fit` told them: it may end before its time."""
+    trained = sum(int(found[1]) for note in trial.notes if (found := TRAINED.match(note)))
     return max(trial.build_s - trained, 0.0) + trial.measure_s
 
 
@@ -643,7 +647,7 @@ def said(recipe: Recipe, found: scout.Scouted, expected: Predicted | None) -> st
     if expected is not None:
         words.append(f"{expected.bytes / 1e6:.2f} MB expected")
         words += [f"{expected.latency_ms:.2f} ms expected"] if expected.latency_ms else []
-    training = dict(recipe.steps[1].settings)
+    training = reach.training_of(recipe)
     limit = f"at most {training['seconds']:.0f} s" if training["seconds"] else f"{training['epochs']:g} epochs"
     return ", ".join([*words, f"training {limit}"])
 

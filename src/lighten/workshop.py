@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gzip
+import itertools
 import shutil
 import time
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ class Module:
     notes: tuple[str, ...] = ()
 
 
-Made = dict[tuple[tuple[Step, ...], Precision], Module]
-"""The module of the last steps and precision: the next format of the same plan takes it as it is."""
+Made = dict[tuple[tuple[Step, ...], Precision | None], Module]
+"""The module of the last steps and precision: the next format of the same plan takes it as it is. Without a precision:
+the network before it was quantized, from which the next precision goes on."""
 QUANTIZERS = ("quantize", "qat")
 NETWORK = "network.safetensors"
 """The network that a recipe trained or narrowed, in float, beside the artifact: it can be trained on, or exported."""
@@ -120,7 +122,7 @@ def build(recipe: Recipe, job: Job, folder: Path, made: Made | None = None) -> B
         tuple(c.name for c in companions),
     )
     layers = tuple(getattr(module.exported, "meta", {}).get("layers", ()))
-    network = shapes_of(module.network, job) if changed else ()
+    network = shapes_of(module.network, job) if changed or not recipe.steps else ()
     return Built(artifact, module.exported, layers, time.perf_counter() - began, notes, network)
 
 
@@ -163,23 +165,30 @@ def apply_steps(recipe: Recipe, job: Job, made: Made) -> Module:
     key = (recipe.steps, recipe.precision)
     if key in made:
         return made[key]
-    notes: list[str] = []
+    first = tuple(itertools.takewhile(lambda s: s.method not in QUANTIZERS, recipe.steps))
+    known = made.get((first, None)) if first else None
+    notes = list(known.notes) if known else []
     tell = job.say
 
     def say(line: str) -> None:
         notes.append(line)
         tell(line)
 
-    module = network = copy.deepcopy(job.original).eval()
+    module = network = copy.deepcopy(known.network if known else job.original).eval()
     # The next format of the same plan finds the unfinished state of this one.
     scratch = f"{job.scratch}/{digest(to_json(key))[:10]}" if job.scratch else ""
     job = dataclasses.replace(job, precision=recipe.precision, scratch=scratch, say=say)
-    for step in recipe.steps:
+    for step in recipe.steps[len(first) if known else 0 :]:
         module = get("methods", step.method, needs="REQUIRES").Step(**dict(step.settings)).apply(module, job)
         network = network if step.method in QUANTIZERS else module
+        if step.method not in QUANTIZERS:
+            trained = Module(module, network, tuple(notes))
+    done = Module(module, network, tuple(notes))
     made.clear()
-    made[key] = Module(module, network, tuple(notes))
-    return made[key]
+    made[key] = done
+    if first:
+        made[first, None] = known or trained
+    return done
 
 
 def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: bench.Timing) -> Evidence:

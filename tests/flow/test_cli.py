@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -10,12 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lighten import cli
+from lighten.bench import Timing
 from lighten.errors import EXIT_BUDGET, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_PASS
 
 LIGHTEN = [sys.executable, "-m", "lighten.cli"]
@@ -158,6 +163,7 @@ def test_a_model_of_ones_own_ends_in_a_bundle_and_a_missed_budget_in_exit_3(phot
         *QUICK,
         "--min-shrink",
         99,
+        "--no-narrow",
         "--out",
         tmp_path / "runs",
         "--name",
@@ -349,3 +355,132 @@ def test_train_writes_a_checkpoint_that_inspect_reads(tmp_path: Path) -> None:
     seen = lighten("inspect", "out/model.safetensors", "--arch", "lighten:resnet20", "--input-size", 32, cwd=tmp_path)
     assert seen.returncode == EXIT_PASS, seen.stdout
     assert "0.27 million" in seen.stdout
+
+
+# --- one method, in this process ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, in_process: None, tmp_path: Path) -> Callable[..., int]:
+    """Runs a command here, and gives its exit code; of the demo's images few are left, and times are taken quickly."""
+    from lighten import walk
+    from lighten.data import demo
+
+    whole, real = demo.data(), walk.compress
+    few = {k: s.take(n) for (k, s), n in zip(whole.splits.items(), (64, 48, 60, 60))}
+
+    def compress(*args: Any, settings: Any, **given: Any) -> Any:
+        timing = Timing(warmup=1, runs=3, least=2, seconds=0.1)
+        return real(*args, settings=dataclasses.replace(settings, timing=timing, isolate=False), **given)
+
+    monkeypatch.setattr(demo, "data", lambda: dataclasses.replace(whole, **few))
+    monkeypatch.setattr(walk, "compress", compress)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(a) for a in args])
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return run
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The one trial of a run, and its folder."""
+    (trial,) = json.loads((folder / "result.json").read_text())["trials"]
+    assert trial["failure"] is None, trial["failure"]
+    return trial, (folder / trial["artifact"]["path"]).parent
+
+
+@pytest.mark.parametrize(
+    ("command", "methods"),
+    [
+        (("prune", "demo", "--ratio", 0.3, "--epochs", 0.05), ["channel_prune", "distill"]),
+        (("distill", "demo", "--epochs", 0.05, "--teacher-share", 1, "--loss", "dkd"), ["distill"]),
+        (("distill", "demo", "--epochs", 0.05, "--student", "lighten:resnet56"), ["distill"]),
+        (("finetune", "demo", "--epochs", 0.05), ["finetune"]),
+        (("sparsify", "demo", "--pattern", "2:4"), ["sparsify"]),
+        (("factorize", "demo", "--energy", 0.6), ["low_rank"]),
+    ],
+)
+def test_each_method_alone_ends_in_a_file_and_its_network(
+    command: tuple[object, ...], methods: list[str], typed: Callable[..., int], tmp_path: Path
+) -> None:
+    import torch
+
+    import lighten
+    from lighten.data import demo
+    from lighten.plugins import get
+
+    assert typed(*command, "--formats", "onnx", "--name", "one") == EXIT_PASS
+    trial, folder = outcome(tmp_path / "runs" / "one")
+    assert [s["method"] for s in trial["recipe"]["steps"]] == methods
+    x = demo.data().select.take(8).inputs(demo.PREPROCESS)
+    with torch.no_grad():
+        network = lighten.load(folder / "network.safetensors")(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(get("formats", "onnx").load(folder / "model.onnx", 1)(x), network, atol=1e-3)
+
+
+def test_what_was_pruned_is_smaller_and_goes_on_without_its_architecture_being_named(
+    typed: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed("prune", "demo", "--ratio", 0.4, "--epochs", 0, "--formats", "onnx", "--name", "p") == EXIT_PASS
+    trial, folder = outcome(tmp_path / "runs" / "p")
+    result = json.loads((tmp_path / "runs/p/result.json").read_text())
+    assert trial["evidence"]["size"]["bytes"] < 0.8 * result["baseline"]["evidence"]["size"]["bytes"]
+    kept = folder / "network.safetensors"
+    assert typed("inspect", kept) == EXIT_PASS
+    shown = capsys.readouterr().out
+    assert "lighten:resnet20" in shown
+    assert "0.27 million" not in shown
+    assert typed("compress", kept, "--data", "demo", *QUICK, "--max-drop", 50, "--name", "q") == EXIT_PASS
+    again = json.loads((tmp_path / "runs/q/result.json").read_text())
+    assert again["preprocess"]["height"] == 32
+    assert again["baseline"]["evidence"]["size"]["bytes"] == pytest.approx(trial["evidence"]["size"]["bytes"], rel=0.01)
+
+
+def test_a_method_that_misses_the_budget_exits_3(typed: Callable[..., int], tmp_path: Path) -> None:
+    assert typed("sparsify", "demo", "--min-shrink", 90, "--formats", "onnx", "--name", "s") == EXIT_BUDGET
+    outcome(tmp_path / "runs" / "s")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("prune", "demo", "--ratio", 0), "a ratio of 0 removes nothing"),
+        (("prune", "demo", "--ratio", 1), "a ratio of 1 removes everything"),
+        (("prune", "demo", "--ratio", "half"), "half"),
+        (("prune", "demo", "--keep", "layer9"), "no layer named 'layer9'"),
+        (("prune", "demo", "--energy", 0.9), "--energy"),
+        (("sparsify", "demo", "--ratio", 1), "above 0 and under 1"),
+        (("sparsify", "demo", "--pattern", "4:2"), "4:2"),
+        (("factorize", "demo", "--energy", 0), "energy is 0"),
+        (("distill", "demo", "--student", "resnet18"), "does not say where the architecture comes from"),
+        (("distill", "demo", "--student", "lighten:resnet21"), "Did you mean"),
+        (("distill", "demo", "--temperature", -1), "temperature"),
+        (("finetune", "demo", "--epochs", -1), "epochs"),
+        (("distill", "five.pth", "--arch", "lighten:resnet20", "--data", "demo", "--input-size", 32), "5 classes"),
+        (("compress", "demo", "--min-shrink", 100), "min_shrink"),
+        (("compress", "demo", "--min-shrink", -5), "min_shrink"),
+        (("compress", "demo", "--min-speedup", -2), "min_speedup"),
+        (("compress", "demo", "--held-out", "none.txt"), "none.txt cannot be read"),
+    ],
+)
+def test_a_mistake_about_methods_exits_2(
+    command: tuple[object, ...],
+    says: str,
+    typed: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    from lighten.models.resnet import resnet20
+
+    torch.save(resnet20(5).state_dict(), tmp_path / "five.pth")
+    assert typed(*command) == EXIT_INPUT
+    told = capsys.readouterr()
+    assert says in told.err + told.out
+    assert "bug of lighten" not in told.err
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/result.json"))

@@ -158,7 +158,7 @@ def test_another_question_in_the_same_folder_is_refused(model: nn.Module, finish
 
 def test_a_budget_that_cannot_be_met_gives_the_nearest_and_says_by_how_much(model: nn.Module, tmp_path: Path) -> None:
     settings = lighten.Settings(
-        name="no", out=tmp_path, timing=QUICK, formats=("onnx",), precisions=("float32", "int8")
+        name="no", out=tmp_path, timing=QUICK, formats=("onnx",), precisions=("float32", "int8"), narrow=False
     )
     result = lighten.compress(model, pictures(), lighten.Budget(min_shrink=99), preprocess=HOW, settings=settings)
     assert result.verdict == "FAIL"
@@ -242,7 +242,8 @@ def test_a_format_that_fails_is_a_failed_trial_not_a_failed_run(
         raise RefusedFormat("openvino cannot hold this model: aten.nothing.")
 
     monkeypatch.setattr("lighten.formats.openvino.export", broken)
-    settings = lighten.Settings(name="x", out=tmp_path, timing=QUICK, precisions=("int8",))
+    # In this process, where the format is broken.
+    settings = lighten.Settings(name="x", out=tmp_path, timing=QUICK, precisions=("int8",), isolate=False)
     result = lighten.compress(model, pictures(), lighten.Budget(max_drop=5), preprocess=HOW, settings=settings)
     assert result.verdict == "PASS"
     (failed,) = [t for t in result.trials if t.failure]

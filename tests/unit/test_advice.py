@@ -11,8 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from test_report import evidence
 
-from lighten.advice import narrowing
-from lighten.types import ChannelGroup, Precision, Predicted, Recipe, Size, Step, Trial, Weight, WidthCost
+from lighten.advice import narrowing, seen_before
+from lighten.types import ChannelGroup, Estimate, Precision, Predicted, Recipe, Size, Step, Trial, Weight, WidthCost
 
 INT8 = Precision("int8", "int8")
 GROUPS = tuple(ChannelGroup(name, n, ((name, 1),), ()) for name, n in (("stem", 64), ("wide", 512), ("small", 16)))
@@ -83,3 +83,27 @@ def test_zeros_are_told_with_the_file_beside_the_one_without_them() -> None:
     (alone,) = narrowing((), (), Recipe(), (sparse,))
     assert "Without that step" not in alone.en
     assert narrowing((), (), Recipe(), (dense,)) == ()
+
+
+@pytest.mark.parametrize(
+    ("select", "report", "told"),
+    [
+        ((99.0, 0.3), (91.0, 0.4), True),
+        ((93.1, 0.3), (91.0, 0.4), True),  # 2.1 points: 4.2 errors of 0.5
+        ((92.9, 0.3), (91.0, 0.4), False),  # 3.8 errors
+        ((91.0, 0.3), (99.0, 0.4), False),  # doing better on new images is no sign of having seen the old ones
+        ((91.0, 0.3), (91.0, 0.4), False),
+        ((100.0, 0.0), (100.0, 0.0), False),
+        ((100.0, 4.0), (90.0, 3.0), False),  # few images say little
+    ],
+)
+def test_an_original_that_knows_the_select_images_too_well_is_told(
+    select: tuple[float, float], report: tuple[float, float], told: bool
+) -> None:
+    said = seen_before(Estimate(*select, 1000), Estimate(*report, 1000))
+    assert bool(said) == told
+    for one in said:
+        assert f"{select[0]:.1f} % of the select images but only {report[0]:.1f} %" in one.en
+        assert "--held-out" in one.en
+        assert "--held-out" in one.zh
+        assert f"{report[0]:.1f} %" in one.zh

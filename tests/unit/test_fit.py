@@ -430,7 +430,9 @@ def test_it_goes_back_to_the_last_good_state_each_time(optimizer: str) -> None:
     other = fit(model(0.3), s, failing({6, 10}), job())
     assert same(done, other)
     assert all(torch.isfinite(v).all() for v in done.state_dict().values())
-    assert [line.split(";")[1] for line in said[:-1]] == [" rolled back to step 5 of 15 and halved the learning rate."] * 2
+    assert [line.split(";")[1] for line in said[:-1]] == [
+        " rolled back to step 5 of 15 and halved the learning rate."
+    ] * 2
 
 
 def test_the_third_time_ends_the_training() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from test_widths import costs
 
 from conftest import trial
 from lighten.search import reach
+from lighten.search.widths import predict
 from lighten.types import Budget, Failure, Precision, Recipe, Step, Trial
-from test_widths import costs
 
 BASE = trial(Recipe(), top1=90.0, error=0.5, size=120_000, ms=8.0)
 INT8 = Precision("int8", "int8")
@@ -29,7 +30,7 @@ def measured(recipe: Recipe, **numbers: float) -> Trial:
 def test_the_goal_is_the_tighter_of_each_pair_of_limits() -> None:
     base = BASE.evidence
     assert base is not None
-    got = reach.goal(Budget(max_size_mb=0.05, min_shrink=85, max_latency_ms=1.0, min_speedup=4), base, 1.0)
+    got = reach.goal(Budget(max_size_mb=0.05, min_shrink=85, max_latency_ms=1.0, min_speedup=4), base, 1.0, 1.0)
     assert got.bytes == pytest.approx(18_000)
     assert got.latency_ms == 1.0
     assert reach.goal(Budget(max_drop=1), base).bytes is None
@@ -135,4 +136,33 @@ def test_a_limit_that_no_width_can_keep_gives_no_recipe() -> None:
 def test_a_probe_and_its_long_training_are_told_apart() -> None:
     first = reach.next_recipes(means(), ())[0]
     assert reach.narrows(first)
-    assert not reach.is_probe(replace(first, steps=first.steps[1:]))
+    assert not reach.is_probe(replace(first, steps=first.steps[2:]))
+    assert not reach.is_probe(Recipe((Step("distill", (("epochs", 1.0),)), Step("quantize")), INT8))
+
+
+def test_a_plan_of_fewer_bits_alone_names_no_channels_and_is_trained_on_like_any_other() -> None:
+    """The step without widths would choose some by a ratio."""
+    known = replace(costs(), bits={"b": 1e-6, "c": 1e-6}, harm=dict.fromkeys("abc", 1e6), layer_ms=None)
+    whole = predict(known, {})
+    budget = Budget(max_drop=0.5, max_size_mb=0.8 * whole.bytes / 1e6 / reach.ROOM)
+    found = replace(means(budget, None), costs={"onnx": known, "openvino": known})
+    fewer = next(r for r in reach.next_recipes(found, ()) if not reach.widths_of(r))
+    assert [s.method for s in fewer.steps] == ["distill", "quantize"]
+    assert {name for name, weights, _ in fewer.precision.exceptions if weights == "int4"} <= {"b", "c"}
+    assert reach.expected(found, fewer).bytes <= 0.8 * whole.bytes
+    probe = measured(fewer, size=int(0.8 * whole.bytes))
+    long = reach.next_recipes(found, [probe])
+    assert [[s.method for s in r.steps] for r in long] == [["distill", "quantize"]] * 2
+    assert not any(map(reach.is_probe, long))
+    assert reach.next_recipes(found, [probe, *(measured(r, size=int(0.8 * whole.bytes), drop=0.1) for r in long)]) == ()
+
+
+def test_an_unchanged_network_is_no_plan_although_it_is_expected_to_fit() -> None:
+    """It was measured outside the limit that it is predicted to keep."""
+    whole = predict(costs(), {}).bytes
+    found = replace(means(Budget(max_size_mb=1.1 * whole / 1e6)), costs={"onnx": costs(), "openvino": costs()})
+    plans = reach.candidates(found, 1.0)
+    assert plans
+    assert all(p.widths and p.predicted.bytes < whole for p in plans)
+    loose = replace(found, budget=Budget(max_size_mb=100 * whole / 1e6))
+    assert reach.candidates(loose, 1.0) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,9 @@ def test_a_group_costs_what_the_network_narrowed_by_hand_says(job: Job, groups: 
         norms.reestimate(model, x.split(64))
         with torch.no_grad():
             a, b = job.original(x), model(x)
-        kl = nn.functional.kl_div(b.double().log_softmax(1), a.double().log_softmax(1), log_target=True, reduction="sum")
+        kl = nn.functional.kl_div(
+            b.double().log_softmax(1), a.double().log_softmax(1), log_target=True, reduction="sum"
+        )
         assert row.damage == pytest.approx(float(kl) / len(x), rel=1e-4)
         lost = (a.argmax(1).numpy() == y).mean() - (b.argmax(1).numpy() == y).mean()
         assert row.drop is not None
@@ -108,7 +109,9 @@ def test_every_group_is_known_before_any_is_measured_again(job: Job, groups: tup
     found = scout.width_costs(job, groups, PROTECT)
     count = len({row.group for row in found})
     assert len({row.group for row in found[:count]}) == count
-    assert all(narrow.width < wide.width for wide in found[:count] for narrow in found[count:] if narrow.group == wide.group)
+    assert all(
+        narrow.width < wide.width for wide in found[:count] for narrow in found[count:] if narrow.group == wide.group
+    )
 
 
 def test_measuring_ends_when_there_is_enough(job: Job, groups: tuple[ChannelGroup, ...]) -> None:
@@ -143,7 +146,7 @@ def test_a_row_of_another_width_is_no_row_of_this_one(job: Job, groups: tuple[Ch
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Formats whose layers were asked to be timed; nothing is timed."""
     asked: list[str] = []
 
@@ -153,7 +156,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return cost.CostModel(format, precision, "none", curves, 0.25)
 
     monkeypatch.setattr(cost, "measure", measure)
-    yield asked
+    return asked
 
 
 def test_each_format_is_timed_and_every_row_is_handed_out_at_once(job: Job, timed: list[str]) -> None:
@@ -190,7 +193,11 @@ def test_bits_stop_in_the_middle_and_keep_what_there_is(job: Job) -> None:
 
 def test_costs_hold_what_files_take_beside_their_layers_and_ends_keep_their_bits(job: Job, timed: list[str]) -> None:
     found = scout.scout(job, ("onnx",), bits=False)
-    rows = [LayerCost(n, "conv", w, "int8", d, 0.0, None, 1) for n in found.shapes for w, d in (("int8", 0.1), ("int4", 0.4))]
+    rows = [
+        LayerCost(n, "conv", w, "int8", d, 0.0, None, 1)
+        for n in found.shapes
+        for w, d in (("int8", 0.1), ("int4", 0.4))
+    ]
     found = dataclasses.replace(found, bits=tuple(rows))
     weights = sum(layer_bytes(s, 8) for s in found.shapes.values())
     recipe = Recipe((Step("quantize"),), Precision("int8", "int8"))
@@ -208,4 +215,6 @@ def test_a_narrowed_file_is_held_to_the_layers_that_it_has(job: Job, timed: list
     layer = LayerShape("a", "conv", 8, 8, (1, 1), (1, 1), (0, 0), (1, 1), source=(4, 4))
     recipe = Recipe((Step("channel_prune"), Step("quantize")), Precision("int8", "int8", (("a", "int4", "int8"),)))
     one = dataclasses.replace(trial(recipe, size=1000), network=(layer,))
-    assert scout.costs(found, "onnx", [one], job).other_bytes == pytest.approx(1000 - 32 - 72)  # 4 bits, 9 bytes a channel
+    assert scout.costs(found, "onnx", [one], job).other_bytes == pytest.approx(
+        1000 - 32 - 72
+    )  # 4 bits, 9 bytes a channel

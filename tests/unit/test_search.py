@@ -268,3 +268,54 @@ def test_every_way_that_lost_too_much_says_what_to_try_next_unless_nothing_is_le
     assert search.next_step(None, missed) == ()
     assert all(a.en and a.zh for a in got)
     assert got or method == "dynamic" or (method, bits) == ("weight-only", "w8")
+
+
+# --- what is worth a trial --------------------------------------------------------------------------
+
+
+def worthwhile(budget: Budget) -> set[str]:
+    base = BASE.evidence
+    assert base is not None
+    every = [Precision(), FLOAT16, INT8, Precision("int4", "int8"), Precision("int8", "float32")]
+    return {p.title for p in search.worth_a_trial(every, budget, base)}
+
+
+EVERY = {"float32", "float16", "int8", "int4/int8", "int8/weights only"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "left_out"),
+    [
+        (NO_LIMIT, set()),
+        (Budget(max_drop=0.1, min_speedup=50), set()),  # whether a file is fast is not known before
+        (Budget(min_shrink=0), set()),
+        (Budget(min_shrink=40), {"float32"}),
+        (Budget(max_size_mb=0.6), {"float32"}),
+        (Budget(min_shrink=50), {"float32"}),  # half of the bytes are gone with 16 bits
+        (Budget(min_shrink=60), {"float32", "float16"}),
+        (Budget(max_size_mb=0.4), {"float32", "float16"}),
+        (Budget(min_shrink=10, max_size_mb=0.4), {"float32", "float16"}),
+        (Budget(min_shrink=99), {"float32", "float16"}),
+        (Budget(max_size_mb=5), set()),  # more than the original takes
+    ],
+)
+def test_floats_that_cannot_be_small_enough_are_not_tried(budget: Budget, left_out: set[str]) -> None:
+    assert worthwhile(budget) == EVERY - left_out
+
+
+def test_the_menu_puts_the_steps_before_every_precision() -> None:
+    got = search.menu(("onnx", "openvino"), (Precision(), INT8), steps=PRUNE)
+    assert [(r.format, r.precision, r.steps) for r in got] == [
+        ("onnx", Precision(), PRUNE),
+        ("openvino", Precision(), PRUNE),
+        ("onnx", INT8, (*PRUNE, *QUANTIZE)),
+        ("openvino", INT8, (*PRUNE, *QUANTIZE)),
+    ]
+    assert len({r.id for r in got}) == 4
+
+
+def test_the_menu_without_steps_is_the_same_as_ever() -> None:
+    ranges = Step("quantize", (("ranges", "mse"),))
+    (float_, int8_) = search.menu(("onnx",), (FLOAT16, INT8), ranges)
+    assert float_ == Recipe((), FLOAT16)
+    assert int8_ == Recipe((ranges,), INT8)

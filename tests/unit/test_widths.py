@@ -97,7 +97,13 @@ def test_a_group_that_seems_free_is_only_almost_free() -> None:
 def test_bits_harm_is_beyond_that_of_eight() -> None:
     rows = [
         LayerCost(n, "conv", w, "int8", d, 0.0, None, 1)
-        for n, w, d in (("a", "int8", 0.1), ("a", "int4", 0.4), ("b", "int8", 0.2), ("b", "int4", 0.1), ("c", "int4", 1))
+        for n, w, d in (
+            ("a", "int8", 0.1),
+            ("a", "int4", 0.4),
+            ("b", "int8", 0.2),
+            ("b", "int4", 0.1),
+            ("c", "int4", 1),
+        )
     ]
     assert bits_harm(rows) == {"a": pytest.approx(0.3), "b": 0.0}
 
@@ -128,7 +134,7 @@ def test_measured_widths_beat_even_ones() -> None:
     assert control is not None
     assert limits.met(control.predicted)
     assert measured.damage < control.damage
-    shares = {n: w / dict(a=32, b=64, c=32)[n] for n, w in control.widths}
+    shares = {n: w / {"a": 32, "b": 64, "c": 32}[n] for n, w in control.widths}
     assert max(shares.values()) - min(shares.values()) <= 0.25
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lighten.search.widths import Costs, Limits, Plan, even, fitted, predict
 from lighten.types import Budget, Evidence, Predicted, Recipe, Step, Trial
 
-ROOM = 0.97
-"""Share of each limit that is planned for: what is predicted is not what is measured."""
+ROOM, TIME_ROOM = 0.97, 0.9
+"""Shares of the limits that are planned for, of time the product: what is predicted is not what is measured, and a time
+is never measured twice alike."""
 PLANS, REPLANS = 2, 3
 """Plans that are probed at once, and how often they are made anew after probes that broke a limit."""
 PROBE_SHARE, PROBE_EPOCHS = 0.04, 1.0
@@ -19,6 +21,8 @@ EPOCHS, MOST_EPOCHS = 10.0, 60.0
 """Passes over the training images of the long training: without a limit on time, and with one."""
 AGAIN = 2
 """Without a limit on time, how often a training that missed the allowed drop is repeated with twice the epochs."""
+TIGHTER, MOST_TIGHTER = 0.95, 20
+"""How limits are tightened that the unchanged network is wrongly expected to keep, and how often."""
 LEAST_TRAINING_S = 5.0
 PROBE_LR, LONG_LR = 0.02, 0.05
 """Peaks of the learning rate: a short training must not leave what is there, a long one may go further."""
@@ -39,13 +43,13 @@ class Means:
     tail_s: float = 0.0
 
 
-def goal(budget: Budget, base: Evidence, room: float = ROOM) -> Limits:
+def goal(budget: Budget, base: Evidence, room: float = ROOM, time_room: float = TIME_ROOM) -> Limits:
     """The budget's limits on size and time in bytes and ms, with some room."""
     sizes = [budget.max_size_mb * 1e6] if budget.max_size_mb else []
     sizes += [base.size.bytes * (1 - budget.min_shrink / 100)] if budget.min_shrink else []
     times = [budget.max_latency_ms] if budget.max_latency_ms else []
     times += [base.p50(1) / budget.min_speedup] if budget.min_speedup else []
-    return Limits(min(sizes) * room if sizes else None, min(times) * room if times else None)
+    return Limits(min(sizes) * room if sizes else None, min(times) * room * time_room if times else None)
 
 
 def needed(trials: Iterable[Trial], baseline: Trial, budget: Budget) -> bool:
@@ -65,7 +69,7 @@ def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
     Talwalkar, 2016). Where every probe broke a limit, widths are planned anew for limits tightened by what was missed.
     """
     probes = [t for t in done if is_probe(t.recipe)]
-    long = [t for t in done if narrows(t.recipe) and not is_probe(t.recipe)]
+    long = [t for t in done if training_of(t.recipe) and not is_probe(t.recipe)]
     if long:
         return _again(means, long)
     if not probes:
@@ -82,11 +86,19 @@ def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
 
 
 def candidates(means: Means, tighten: float) -> list[Plan]:
-    """By the measured damages, and evenly (the control that tells whether measuring was worth it)."""
+    """By the measured damages, and evenly (the control that tells whether measuring was worth it).
+
+    A file that is expected to be inside the limits as it is was measured outside: they are tightened until it is not.
+    """
     costs = means.costs[_fastest(means)]
-    limits = goal(means.budget, _evidence(means.baseline), ROOM * tighten)
-    found = [fitted(costs, limits), even(costs, limits)]
-    return list(dict.fromkeys(p for p in found if p is not None))
+    for room in (ROOM * tighten * TIGHTER**k for k in range(MOST_TIGHTER)):
+        limits = goal(means.budget, _evidence(means.baseline), room)
+        found = [p for p in (fitted(costs, limits), even(costs, limits)) if p is not None]
+        if changed := [p for p in found if p.widths or p.int4]:
+            return list(dict.fromkeys(changed))
+        if not found:
+            break
+    return []
 
 
 def _fastest(means: Means) -> str:
@@ -105,8 +117,9 @@ def _probe(means: Means, plan: Plan) -> Recipe:
     """A short trial in the fastest format."""
     seconds = 0.0 if means.left_s is None else max(LEAST_TRAINING_S, PROBE_SHARE * means.left_s)
     training = Step("distill", _pairs(epochs=PROBE_EPOCHS, lr=PROBE_LR, seconds=round(seconds, 1)))
-    steps = (Step(NARROW, _pairs(widths=plan.widths)), training, Step("quantize"))
-    return Recipe(steps, plan.precision(means.ends), _fastest(means))
+    # Fewer bits alone may do; the step without widths would choose some by a ratio.
+    narrow = (Step(NARROW, _pairs(widths=plan.widths)),) if plan.widths else ()
+    return Recipe((*narrow, training, Step("quantize")), plan.precision(means.ends), _fastest(means))
 
 
 def _long(means: Means, probe: Recipe, epochs: float = EPOCHS) -> tuple[Recipe, ...]:
@@ -118,7 +131,7 @@ def _long(means: Means, probe: Recipe, epochs: float = EPOCHS) -> tuple[Recipe, 
         if seconds < LEAST_TRAINING_S:
             return ()
         training = Step("distill", _pairs(epochs=MOST_EPOCHS, lr=LONG_LR, once=True, seconds=round(seconds, 1)))
-    steps = (probe.steps[0], training, *probe.steps[2:])
+    steps = tuple(training if s.method == training.method else s for s in probe.steps)
     return tuple(dataclasses.replace(probe, steps=steps, format=f) for f in means.formats)
 
 
@@ -126,7 +139,7 @@ def _again(means: Means, long: Sequence[Trial]) -> tuple[Recipe, ...]:
     """Twice the epochs where only the drop was missed and nobody limited the time."""
     base = _evidence(means.baseline)
     met = any(t.evidence and not means.budget.misses(t.evidence, base) for t in long)
-    tried = sorted({dict(t.recipe.steps[1].settings)["epochs"] for t in long})
+    tried = sorted({training_of(t.recipe)["epochs"] for t in long})
     if met or means.left_s is not None or len(tried) > AGAIN or all(t.evidence is None for t in long):
         return ()
     return _long(means, long[-1].recipe, epochs=2 * tried[-1])
@@ -137,9 +150,15 @@ def _pairs(**settings: object) -> tuple[tuple[str, object], ...]:
 
 
 def is_probe(recipe: Recipe) -> bool:
-    """Whether it is a short trial of the widths of a longer one."""
-    epochs = [dict(s.settings).get("epochs") for s in recipe.steps if s.method == "distill"]
-    return narrows(recipe) and epochs == [PROBE_EPOCHS]
+    """Whether it is a short trial of the widths and bits of a longer one."""
+    training = training_of(recipe)
+    ours = narrows(recipe) or {"lr", "seconds"} <= training.keys()
+    return ours and training.get("epochs") == PROBE_EPOCHS
+
+
+def training_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings of its training; nothing where it has none."""
+    return next((dict(s.settings) for s in recipe.steps if s.method == "distill"), {})
 
 
 def narrows(recipe: Recipe) -> bool:
@@ -167,7 +186,7 @@ def _cost_misses(means: Means, got: Evidence) -> bool:
 def _tightened(means: Means, trial: Trial) -> float:
     """What the limits must be multiplied by so that a file that overran them as this one did would keep them."""
     got = _evidence(trial)
-    limits = goal(means.budget, _evidence(means.baseline), 1.0)
+    limits = goal(means.budget, _evidence(means.baseline), 1.0, 1.0)
     over = limits.excess(Predicted(got.size.bytes, got.p50(1)))
     return 1 / (1 + max(over, 0.0) + (1 - ROOM))
 
