@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -127,12 +128,13 @@ def ours(args: argparse.Namespace, model: Any, data: Any, how: Preprocess, keep:
     """What `lighten compress` gives; a finished run is read again, with the minutes that it took then."""
     budget = Budget(max_drop=args.max_drop, min_shrink=args.min_shrink, min_speedup=args.min_speedup, time_s=args.time)
     settings = Settings(name="lighten", out=keep, arch=args.arch, formats=args.formats, model_name=args.arch)
-    log, mark = (lambda line: print(line, flush=True)), keep / "lighten-minutes"
+    log, mark = (lambda line: print(line, flush=True)), keep / "lighten-spent.json"
     began = time.monotonic()
     result = compress(copy.deepcopy(model), data, budget, preprocess=how, settings=settings, progress=shown(), log=log)
     if not mark.exists():
-        mark.write_text(f"{(time.monotonic() - began) / 60:.2f}")
-    return result, float(mark.read_text())
+        mark.write_text(json.dumps({"minutes": (time.monotonic() - began) / 60, "spent": result.spent}))
+    kept = json.loads(mark.read_text())
+    return dataclasses.replace(result, spent=tuple(map(tuple, kept["spent"]))), kept["minutes"]
 
 
 def trained(trial: Trial) -> float:

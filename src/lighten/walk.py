@@ -614,7 +614,7 @@ def means_of(
 
 def tail_s(book: ledger.Ledger, names: Sequence[str], baseline: Trial, job: Job) -> float:
     """Seconds that follow the last training: quantize, export and measure each format, then read the report images."""
-    known = [t for t in book.trials if t.evidence]
+    known = [t for t in book.trials if t.evidence and t.recipe.steps]  # a first export loads half a world of modules
     each = [max((untrained_s(t) for t in known if t.recipe.format == f), default=20.0) for f in names]
     return SPARE_S + sum(each) + closing_s(book, baseline, job)
 
