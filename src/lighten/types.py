@@ -419,8 +419,8 @@ class Trial:
     evidence: Evidence | None = None
     failure: Failure | None = None
     build_s: float = 0.0
-    measure_s: float = 0.0
     layers: tuple[dict[str, Any], ...] = ()
+    measure_s: float = 0.0
     notes: tuple[str, ...] = ()
     predicted: Predicted | None = None
     network: tuple[LayerShape, ...] = ()

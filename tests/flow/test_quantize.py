@@ -51,8 +51,9 @@ def model() -> nn.Module:
 
 def walk(tmp_path: Path, way: Asked, budget: lighten.Budget | None = None, **more: object) -> Result:
     settings = Settings(
-        out=tmp_path, formats=("onnx",), asked=way, timing=QUICK, name=f"{way.method}-{way.bits}", model_name="wide"
-    )
+        out=tmp_path, formats=("onnx",), asked=way, timing=QUICK, name=f"{way.method}-{way.bits}", model_name="wide",
+        isolate=False,
+    )  # fmt: skip
     return lighten.compress(model(), data(), budget, settings=replace(settings, **more))  # type: ignore[arg-type]
 
 

@@ -234,7 +234,8 @@ def test_a_death_is_one_failed_trial_and_the_next_one_lives(make: Make, tmp_path
         assert (dead.failure.stage, dead.failure.reason) == ("being built", says)
     assert lives(one)
     os.kill(pid(one), signal.SIGKILL)
-    assert gone(pid(one))
+    assert one.child is not None
+    one.child.process.wait(30)
     assert lives(one), "a death between two trials costs none"
     assert not one.here
 
@@ -284,7 +285,7 @@ def test_what_cannot_be_sent_runs_here_and_says_so_once(
 # --- the parent's end -------------------------------------------------------------------------------
 
 PARENT = """
-    import sys
+    import signal, sys
     sys.path[:0] = {paths!r}
     from pathlib import Path
     import deadly, test_worker
@@ -294,6 +295,7 @@ PARENT = """
         pass
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored one
         tmp = Path(sys.argv[1])
         heard = test_worker.Heard()
         model = Mine() if sys.argv[2] == "own" else deadly.Deadly(tmp / "flag")
