@@ -143,7 +143,8 @@ def advise(
                     f"{t.recipe.title} 失败（{t.failure.stage}）：{t.failure.reason}",
                 )
             )
-    rows += [_miss_advice(m) for m in misses]
+    narrowed = any(step.method == "channel_prune" for t in trials for step in t.recipe.steps)
+    rows += [_miss_advice(m, narrowed) for m in misses]
     return tuple(rows)
 
 
@@ -221,8 +222,25 @@ def next_step(asked: Asked | None, misses: Iterable[Miss]) -> tuple[Advice, ...]
     return (Advice(*found),) if found else ()
 
 
-def _miss_advice(miss: Miss) -> Advice:
-    en, zh = HINTS[miss.limit]
+NARROWED = {
+    "max_drop": (
+        "Give it more time (--time), or allow a larger drop or a larger file.",
+        "请给更多时间（--time），或放宽精度下降、体积的上限。",
+    ),
+    **dict.fromkeys(
+        ("min_shrink", "max_size_mb", "min_speedup", "max_latency_ms"),
+        (
+            "Channels were removed already: ask for a little more than you need, for one format (--formats), or give it "
+            "more time.",
+            "通道已经剪过：请把要求略微提高一点，或只要一种格式（--formats），或给更多时间。",
+        ),
+    ),
+}
+"""Hints where the search has pruned already."""
+
+
+def _miss_advice(miss: Miss, narrowed: bool) -> Advice:
+    en, zh = (NARROWED if narrowed else HINTS).get(miss.limit) or HINTS[miss.limit]
     by = abs(miss.got - miss.wanted)
     return Advice(f"{miss.limit} is missed by {by:.3g}{miss.unit}. {en}", f"{miss.limit} 差 {by:.3g}{miss.unit}。{zh}")
 
