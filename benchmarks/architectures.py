@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     add("--train-images", type=int, default=1000)
     add("--test-images", type=int, default=256)
     add("--epochs", type=float, default=3.0, help="of training from random weights")
-    add("--recover", type=float, default=1.0, help="epochs after pruning")
+    add("--recover", type=float, default=4.0, help="epochs after pruning")
     add("--ratio", type=float, default=0.3)
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=100)
