@@ -63,8 +63,8 @@ DOUBT_IMAGES = 256
 SCAN_SHARE = 0.12
 """Of the time that is left, how much measuring single groups and layers may take."""
 TRAINED = re.compile(r"trained [\d.]+ epochs in (\d+) s")
-SPARE_S = 10.0
-"""Seconds that are kept back for what is not foreseen."""
+SPARE_S, SPARE_SHARE = 10.0, 0.05
+"""Seconds that are kept back for what is not foreseen, and the share of the time given that they are at most."""
 
 
 @dataclass(frozen=True)
@@ -550,6 +550,8 @@ def narrowed(
         log("time is up")
     elif not book.planned:
         log("no channel widths are expected to meet the budget: nothing was narrowed")
+    elif clock.left_s is not None and all(map(reach.is_probe, book.planned)):
+        log(f"the long training is left out: {clock.left_s:.0f} s are left, and what follows it takes most of them")
     return book
 
 
@@ -608,15 +610,16 @@ def means_of(
     """What is known now: costs held to every file that was measured so far, and the time that is left."""
     costs = {f: scout.costs(found, f, book.trials, job, ends) for f in names}
     return reach.Means(
-        costs, tuple(names), baseline, budget, tuple(ends), clock.left_s, tail_s(book, names, baseline, job)
+        costs, tuple(names), baseline, budget, tuple(ends), clock.left_s, tail_s(book, names, baseline, job, clock)
     )
 
 
-def tail_s(book: ledger.Ledger, names: Sequence[str], baseline: Trial, job: Job) -> float:
+def tail_s(book: ledger.Ledger, names: Sequence[str], baseline: Trial, job: Job, clock: Clock) -> float:
     """Seconds that follow the last training: quantize, export and measure each format, then read the report images."""
     known = [t for t in book.trials if t.evidence and t.recipe.steps]  # a first export loads half a world of modules
     each = [max((untrained_s(t) for t in known if t.recipe.format == f), default=20.0) for f in names]
-    return SPARE_S + sum(each) + closing_s(book, baseline, job)
+    spare = min(SPARE_S, SPARE_SHARE * (clock.limit_s or 0.0))
+    return spare + sum(each) + closing_s(book, baseline, job)
 
 
 def closing_s(book: ledger.Ledger, baseline: Trial, job: Job) -> float:

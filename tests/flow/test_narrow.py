@@ -429,7 +429,6 @@ def test_the_time_is_kept_and_trained_in(
     folder = cut(finished, tmp_path, lambda row, n: row["kind"] != "planned")
     fingerprint = kinds(folder, "run")[0]["fingerprint"]
     monkeypatch.setattr(walk, "question", lambda *_: fingerprint)
-    monkeypatch.setattr(walk, "SPARE_S", 2.0)
     monkeypatch.setattr(reach, "LEAST_TRAINING_S", 2.0)
     monkeypatch.setattr(reach, "MOST_EPOCHS", 1e5)  # so that time alone ends the training
     limit, heard, began = 15.0, Heard(), time.monotonic()
