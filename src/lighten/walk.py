@@ -305,6 +305,9 @@ class Here:
         self.job, self.reference, self.folder, self.timing = job, reference, folder, timing
         self.made: workshop.Made = {}
 
+    def start(self) -> None:
+        """There is nothing to start."""
+
     def attempt(self, recipe: Recipe, limit_s: float | None = None) -> Trial:
         """As `Worker.attempt`, but a crash ends the run, and `limit_s` is not held."""
         artifacts = self.folder / "artifacts"
@@ -340,6 +343,10 @@ def tried(
         log(f"{recipe.title}: done before")
         return book, known
     workshop.sweep(folder / "artifacts")
+    began = time.monotonic()
+    bench.start()
+    if limit_s is not None:
+        limit_s = max(limit_s - (time.monotonic() - began), 0.0)
     trial = dataclasses.replace(bench.attempt(recipe, limit_s), predicted=predicted)
     book = book.append("trial", trial)
     log(line_of(trial))

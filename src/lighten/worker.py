@@ -87,6 +87,15 @@ class Worker:
         if child is not None:
             child.end()
 
+    def start(self) -> None:
+        """Start the child, where none waits yet: who has a limit on all time counts its start."""
+        try:
+            if not self.here:
+                self._ready()
+        except BaseException:
+            self.close()
+            raise
+
     def attempt(self, recipe: Recipe, limit_s: float | None = None) -> Trial:
         """The trial of a recipe, as `workshop.attempt` gives it. Raises DiskFull.
 
