@@ -438,3 +438,37 @@ def test_one_scale_a_layer_and_powers_of_two_where_the_device_wants_them(power_o
     got = format.load(tmp_path / "m.onnx", 1)(x.numpy())
     np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
     np.testing.assert_allclose(got, float_answer, atol=0.2 * np.abs(float_answer).max())
+
+
+class Turned(nn.Module):
+    """A position table computed in forward from nothing but a buffer, as rotary embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, 3), nn.Linear(8, 5)
+        self.register_buffer("frequency", torch.tensor([1.0, 0.5, 0.25, 0.125]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        angle = torch.arange(9, dtype=torch.float32)[:, None] * self.frequency
+        sin, cos = (torch.cat([t, t], -1) for t in (angle.sin(), angle.cos()))
+        half = torch.cat([-x[..., 4:], x[..., :4]], -1)
+        return self.fc((x * cos + half * sin).mean(1))
+
+
+def test_what_no_input_reaches_is_left_in_float_and_the_file_loads(tmp_path: Path) -> None:
+    """Exporters fold such tables into constants; one that was half quantized is refused by ONNX Runtime."""
+    from lighten.formats import onnx as format
+
+    torch.manual_seed(0)
+    model = Turned().eval()
+    done = converted(model)
+    rounded = {n.args[0] for n in done.module.graph.nodes if "quantize_per_tensor" in str(n.target)}
+    assert not any("sin" in n.name or "cos" in n.name for n in rounded)
+    format.export(done.module, SHAPE, tmp_path / "m.onnx", INT8, PLAIN)
+    x = images(4, seed=5)
+    with torch.no_grad():
+        want, before = done.module(x).numpy(), model(x).numpy()
+    got = format.load(tmp_path / "m.onnx", 1)(x.numpy())
+    np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
+    np.testing.assert_allclose(got, before, atol=0.1 * np.abs(before).max())

@@ -260,12 +260,19 @@ def quantize_biases(graph: _Graph) -> None:
 def shift_activations(graph: _Graph) -> None:
     """int8 activations become uint8: zero point + 128, so the real values are the same."""
     for node in graph.proto.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or graph.is_stored(node.input[0]):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or graph.is_stored(_rounded(graph, node)):
             continue
         zero = graph.array(node.input[2])
         if zero is not None and zero.dtype == np.int8:
             value = np.array(int(zero) + 128, np.uint8)
             node.input[2] = graph.add_constant(f"zero_point_u8_{int(value)}", value)
+
+
+def _rounded(graph: _Graph, node: Any) -> str:
+    """What a QuantizeLinear, alone or in front of this DequantizeLinear, reads: both must agree on their integers."""
+    maker = graph.made_by.get(node.input[0])
+    pair = node.op_type == "DequantizeLinear" and maker is not None and maker.op_type == "QuantizeLinear"
+    return str((maker if pair else node).input[0])
 
 
 def clip_integers(graph: _Graph) -> None:

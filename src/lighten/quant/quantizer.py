@@ -32,10 +32,12 @@ class PolicyQuantizer(Quantizer):
         self.left_float: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.made: dict[Node, int] = {}
+        self.fixed: set[Node] = set()
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        self.fixed = constants(model)
         for node in model.graph.nodes:
-            if node.op == "call_function" and KEY not in node.meta and _is_float(node):
+            if node.op == "call_function" and KEY not in node.meta and _is_float(node) and node not in self.fixed:
                 self._annotate(node)
         return model
 
@@ -46,10 +48,13 @@ class PolicyQuantizer(Quantizer):
         kind = policy.packet(node)
         if kind in policy.COMPUTE:
             self._compute(node, policy.COMPUTE[kind])
-        elif kind in (*policy.ELEMENTWISE, *policy.AVERAGE, *policy.CURVED) and not _has_constant(node):
+        elif kind in (*policy.ELEMENTWISE, *policy.AVERAGE, *policy.CURVED) and not self._reads_constant(node):
             self._many(node)
         elif kind in (*policy.PASSING, *policy.NOTHING):
             self._passing(node)
+
+    def _reads_constant(self, node: Node) -> bool:
+        return any(a in self.fixed for a in _tensor_inputs(node))
 
     def _compute(self, node: Node, axis: int) -> None:
         x, weight = node.args[0], node.args[1]
@@ -166,8 +171,14 @@ def _tensor_inputs(node: Node) -> list[Node]:
     return list(dict.fromkeys(found))
 
 
-def _has_constant(node: Node) -> bool:
-    return any(a.op == "get_attr" for a in _tensor_inputs(node))
+def constants(model: GraphModule) -> set[Node]:
+    """Nodes that no input of the network reaches: weights, and what is computed from them or from nothing (the tables of a
+    rotary position embedding). Runtimes compute those once, in float."""
+    fixed: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op in ("get_attr", "call_function") and all(n in fixed for n in node.all_input_nodes):
+            fixed.add(node)
+    return fixed
 
 
 def _is_float(node: Node) -> bool:
