@@ -16,7 +16,21 @@ HOUSE = Path(__file__).parents[1] / "src" / "lighten"
 BASE = {"types", "errors", "plain"}
 """`plain` is the half of the nouns that turns them into JSON; it and types are the standard library only."""
 TOP = {"cli", "report", "serve", "terminal", "doctor", "frontdesk", "walk", "runner", "runs", "compress"}
-ROOMS = {"workshop", "worker", "cost", "scout", "search", "advice", "ledger", "bench", "bundle"}
+ROOMS = {
+    "workshop",
+    "worker",
+    "cost",
+    "scout",
+    "search",
+    "advice",
+    "ledger",
+    "bench",
+    "bundle",
+    "clock",
+    "trials",
+    "narrow",
+    "vault",
+}
 PLUGINS = {"methods", "formats", "tasks"}
 HELPERS = {"quant", "kit", "data", "machine", "config", "devices", "models", "shapes"}
 
@@ -49,12 +63,17 @@ MAY = {
     # Measures on little data what the search then reads.
     "scout": {*BASE, "quant", "kit", "plugins", "cost", "search", "workshop"},
     "worker": {*BASE, "data", "workshop", "bench"},
+    "clock": set(),
+    "trials": {*BASE, "plugins", "bench", "clock", "ledger", "search", "workshop", "worker"},
+    "narrow": {*BASE, "ledger", "scout", "search", "trials", "workshop"},
+    "vault": {*BASE, "data", "ledger", "plugins", "trials", "workshop"},
     # Times the one-layer files of quant/timing in the format's own runtime.
     "cost": {*BASE, "quant", "data", "machine", "plugins"},
     "runner": {*BASE, "data", "machine", "plugins", "bench", "bundle"},
     "doctor": {*BASE, "devices", "machine", "plugins"},
     "runs": {*BASE, "search", "ledger", "report"},
-    "terminal": {*BASE, "runs"},
+    # Which trials are short.
+    "terminal": {*BASE, "runs", "search"},
     # Which trials are short, and what a plan was expected to damage: pure, and said once.
     "report": {*BASE, "report", "data", "plugins", "search"},
     "serve": {*BASE, "serve", "data", "plugins", "runner", "bundle", "bench", "machine"},

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from lighten.errors import BadBundle, CrashedRuntime, LightenError
 from lighten.machine import usable_threads
 from lighten.plugins import get
-from lighten.types import Latency, Preprocess, from_json, to_json
+from lighten.types import Beside, Latency, Preprocess, from_json, to_json
 
 Run = Callable[[np.ndarray], np.ndarray]
 BATCH = 32
@@ -39,13 +41,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Readings:
-    """What the process said: outputs (N, classes), raw times, images per second, peak memory in MB, the runtime."""
+    """What the process said: outputs (N, classes), raw times, images per second, peak memory in MB, the runtime, and the
+    times beside another file where one was given."""
 
     outputs: np.ndarray
     latency: tuple[Latency, ...]
     throughput: float
     memory_mb: float
     runtime: str
+    beside: Beside | None = None
 
 
 def samples_ms(
@@ -64,6 +68,24 @@ def samples_ms(
         run()
         times.append((clock() - before) * 1e3)
     return tuple(times)
+
+
+def in_turns_ms(
+    run: Callable[[], object],
+    other: Callable[[], object],
+    timing: Timing,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Beside:
+    """Raw times of both, burst by burst: calls one by one would drive each other's weights out of the caches."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    burst, start = Timing(2, 5, 3, timing.seconds / 8), clock()
+    while len(ours) < 3 * burst.runs or (len(ours) < timing.runs and clock() - start < timing.seconds):
+        for times, one in ((ours, run), (theirs, other)):
+            times.extend(samples_ms(one, burst, clock))
+        if clock() - start > 3 * timing.seconds:
+            break
+    return Beside(tuple(ours), tuple(theirs))
 
 
 def peak_memory_mb() -> float:
@@ -88,9 +110,12 @@ def measure(
     *,
     timing: Timing | None = Timing(),
     batch: int = BATCH,
+    beside: tuple[Path, str] | None = None,
     timeout_s: float = 3600,
 ) -> Readings:
     """Run the artifact at `path` over `pixels` (N, H, W, C) in a fresh process; no timing where `timing` is None.
+
+    `beside` is another file and its format: single images of both are timed in turns.
 
     Raises CrashedRuntime where the process dies, BadBundle and others as the format's loader gives them.
     """
@@ -104,13 +129,15 @@ def measure(
             "how": to_json(how),
             "timing": to_json(timing),
             "batch": batch,
+            "beside": [str(beside[0].resolve()), beside[1]] if beside and timing else None,
         }
         (folder / "request.json").write_text(json.dumps(request))
         _run_child(folder, timeout_s, path)
         reply = json.loads((folder / "reply.json").read_text())
         outputs = np.load(folder / "outputs.npy", allow_pickle=False)
     latency = tuple(from_json(Latency, row) for row in reply["latency"])
-    return Readings(outputs, latency, reply["throughput"], reply["memory_mb"], reply["runtime"])
+    turns = from_json(Beside, reply["beside"]) if reply["beside"] else None
+    return Readings(outputs, latency, reply["throughput"], reply["memory_mb"], reply["runtime"], turns)
 
 
 def _run_child(folder: Path, timeout_s: float, path: Path) -> None:
@@ -150,8 +177,19 @@ def _child(folder: Path) -> None:
         "throughput": rate,
         "memory_mb": memory_mb,
         "runtime": module.runtime(),
+        "beside": to_json(_beside(request, module, pixels, how)),
     }
     (folder / "reply.json").write_text(json.dumps(reply))
+
+
+def _beside(request: dict[str, Any], module: ModuleType, pixels: np.ndarray, how: Preprocess | None) -> Beside | None:
+    if request["beside"] is None:
+        return None
+    other, format = request["beside"]
+    one = inputs_of(pixels[:1], how)
+    run, their_run = module.load(Path(request["path"]), 1), get("formats", format).load(Path(other), 1)
+    timing = from_json(Timing, request["timing"])
+    return in_turns_ms(functools.partial(run, one), functools.partial(their_run, one), timing)
 
 
 def _all_outputs(run: Run, pixels: np.ndarray, how: Preprocess | None, batch: int) -> tuple[np.ndarray, float]:

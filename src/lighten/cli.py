@@ -331,6 +331,35 @@ def _walk(given: dict[str, Any], config: Path | None) -> None:
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/NAME.")],
+    formats: Annotated[str, typer.Option("--format", "--formats", help="Comma-separated, or all.")] = "all",
+    precisions: Annotated[
+        str | None, typer.Option("--precision", "--precisions", help="Of float32, float16, plan [all three].")
+    ] = None,
+    data: Images = None,
+    images: Annotated[int, typer.Option(min=16, help="Report images that each file answers.")] = 1000,
+    device: Annotated[str | None, typer.Option(help="Write for another device than the run did.")] = None,
+    lang: Lang = "en",
+) -> None:
+    """Write a run's winner in other formats, prove each file in its own runtime; exit code 3 where one is not right."""
+    _need_torch("export")
+    from lighten import devices, exports
+    from lighten.plugins import names
+    from lighten.terminal import print_exports, progress_bar, say
+
+    wanted = names("formats") if formats == "all" else _words(formats)
+    target = devices.load(device) if device else None
+    with progress_bar() as bar:
+        rows = exports.export(
+            folder, wanted, _words(precisions or ""), data=data, images=images, device=target, progress=bar, log=say
+        )
+    print_exports(rows, str(folder), _language(lang))
+    bad = any(row.status in ("FAIL", "failed") for row in rows)
+    raise typer.Exit(errors.EXIT_BUDGET if bad else errors.EXIT_PASS)
+
+
+@app.command()
 def run(
     bundle: BundleArg,
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
@@ -463,6 +492,10 @@ def _preprocess(
         "std": std,
         "channel_order": channel_order,
     }
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(w.strip() for w in text.split(",") if w.strip())
 
 
 def _language(lang: str) -> str:

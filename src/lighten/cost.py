@@ -33,6 +33,8 @@ Runner = Callable[[], object]
 Load = Callable[[bytes, np.ndarray], Runner]
 """From an ONNX file's bytes and its input to a call of the runtime; raises where the runtime refuses."""
 Clock = Callable[[], float]
+Enough = Callable[[], bool]
+"""Asked again and again: whether timing has to end here, with what there is."""
 FRACTIONS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 ROUNDS, WARM_UP, LEAST = 120, 2, 12
 SECONDS = 8.0
@@ -41,8 +43,9 @@ LOADED = 64_000_000
 """Weights that are held in memory at once while layers take turns."""
 NOISE = 0.1
 """Standard deviation of one measured file's median, relative."""
-SPREAD = (0.3, 0.05, 0.1)
-"""How far factor, overhead (in calls of the runtime) and fetch (in mean times a weight) may lie from the plain model."""
+SPREAD, BORROWED = (0.3, 0.05, 0.1), (10.0, 0.05, 0.1)
+"""How far factor, overhead (in calls of the runtime) and fetch (in mean times a weight) may lie from the plain model:
+one of the runtime's own times, and one of another's."""
 TINY = 1e-12
 VERSION = 1
 """Of the cache file and of how layers are timed: a change of either makes old times worthless."""
@@ -68,11 +71,11 @@ class Curve:
         """Straight lines between the points; constant below the first, in proportion above the last."""
         last = self.points[-1]
         if macs >= last.macs:
-            return last.ms * macs / max(last.macs, 1)
+            return last.ms * (macs / max(last.macs, 1))  # exactly last.ms where they are equal
         if macs <= self.points[0].macs:
             return self.points[0].ms
         a, b = next((a, b) for a, b in itertools.pairwise(self.points) if macs <= b.macs)
-        return a.ms + (b.ms - a.ms) * (macs - a.macs) / (b.macs - a.macs)
+        return min(b.ms, a.ms + (b.ms - a.ms) * (macs - a.macs) / (b.macs - a.macs))
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class CostModel:
 
     A network of layers l takes `call_ms` + sum(`factor` x l's curve + `overhead_ms` + `fetch_ms` x l's weights): what
     lies between the layers, and weights that a layer alone finds in the processor's cache. Plain until `calibrated`.
+    The curves are `borrowed` where they are those of another format's runtime.
     """
 
     format: str
@@ -91,6 +95,7 @@ class CostModel:
     factor: float = 1.0
     overhead_ms: float = 0.0
     fetch_ms: float = 0.0
+    borrowed: bool = False
 
     @property
     def guessed(self) -> tuple[str, ...]:
@@ -157,9 +162,14 @@ def calibrated(model: CostModel, seen: Sequence[tuple[Sequence[LayerShape], floa
     rows = [(*_sums(plain, shapes), ms) for shapes, ms in seen if shapes and ms > model.call_ms]
     left = [np.array(row[:3]) * units / row[3] / NOISE for row in rows]
     right = [(1.0 - model.call_ms / row[3]) / NOISE for row in rows]
-    spread = np.diag(1.0 / np.array(SPREAD))
+    spread = np.diag(1.0 / np.array(BORROWED if model.borrowed else SPREAD))
     found = non_negative(np.vstack([*left, spread]), np.array([*right, *(spread @ (1.0, 0.0, 0.0))])) * units
     return dataclasses.replace(plain, factor=float(found[0]), overhead_ms=float(found[1]), fetch_ms=float(found[2]))
+
+
+def borrowed(model: CostModel, format: str) -> CostModel:
+    """The times of another format, for one whose runtime does not run layers alone: whole files have to correct them."""
+    return dataclasses.replace(model, format=format, borrowed=True)
 
 
 def _sums(model: CostModel, shapes: Sequence[LayerShape]) -> tuple[float, float, float]:
@@ -191,6 +201,7 @@ def measure(
     cache: Path | None = None,
     progress: Progress = silent,
     *,
+    enough: Enough = lambda: False,
     load: Load | None = None,
     clock: Clock = time.perf_counter,
 ) -> CostModel:
@@ -199,21 +210,26 @@ def measure(
     A layer takes what a network of two such layers side by side takes more than a network of one: the call, and the
     change of layout at both ends that a whole network spares, cancel.
     `cache` is a JSON file, by default one in the cache folder. A layer that the runtime refuses is guessed from the
-    mean rate of the others (CostModel.guessed names it). Raises BadConfig for a precision that has no layer of its own,
+    mean rate of the others (CostModel.guessed names it).
+
+    Where there is `enough` before the end, what was timed is kept all the same, and the next call goes on with the rest.
+    One layer is timed in any case; whole layers come first, the most work first, and a layer whose narrow widths are
+    missing takes less in proportion to its multiplications. Raises BadConfig for a precision that has no layer of its own,
     MissingBackend, and RefusedFormat where no layer can be timed.
     """
     shapes, weights = tuple(shapes), _timed_weights(precision)
     module = get("formats", format, needs="RUNS_ON" if load is None else None)
     cache = cache or cache_dir() / "layer-times.json"
     where = " ".join((_machine(), device.activations, module.runtime(), weights, precision[1]))
-    wanted = {key(w): w for shape in shapes for w in widths(shape, device)}
+    wanted = {key(w): w for w in in_turn(shapes, device)}
     times = _known(cache, where)
     missing = {k: s for k, s in wanted.items() if k not in times}
     if missing or CALL not in times:
         with _loader(module, load) as ready:
-            times |= _time_all(missing, (weights, precision[1]), device, ready, clock, progress)
-        _keep(cache, where, times)
-    curves = (_curve(shape, {w.macs: times[key(w)] for w in widths(shape, device)}) for shape in shapes)
+            for found in _time_all(missing, (weights, precision[1]), device, ready, clock, progress, enough):
+                times |= found
+                _keep(cache, where, times)
+    curves = (_curve(s, {w.macs: times[key(w)] for w in widths(s, device) if key(w) in times}, device) for s in shapes)
     model = CostModel(format, precision, module.runtime(), tuple(curves), times[CALL] or 0.0)
     return _with_guesses(model, device)
 
@@ -311,32 +327,51 @@ def _loader(module: Any, load: Load | None) -> Iterator[Load]:
 
 
 def _time_all(
-    missing: Mapping[str, LayerShape], choice: Choice, device: Device, load: Load, clock: Clock, progress: Progress
-) -> dict[str, float | None]:
+    missing: Mapping[str, LayerShape],
+    choice: Choice,
+    device: Device,
+    load: Load,
+    clock: Clock,
+    progress: Progress,
+    enough: Enough,
+) -> Iterator[dict[str, float | None]]:
     """ms of each call, as many layers in turns as fit in memory, so that a busy machine harms all alike and the faster
     half of each is found over a long while."""
-    found: dict[str, float | None] = {}
+    done = 0
     for part in _parts(missing):
-        runners = {(CALL, 1): _runner(EMPTY, 1, choice, device, load)}
+        runners, loaded = {(CALL, 1): _runner(EMPTY, 1, choice, device, load)}, list[str]()
         for k in part:
             runners |= {(k, n): _runner(missing[k], n, choice, device, load) for n in (1, 2)}
-            progress("load layers to time", len(found) + len(runners) // 2, len(missing))
-        times = _turns({k: r for k, r in runners.items() if r is not None}, clock)
-        found |= {k: max(times[k, 2] - times[k, 1], 0.0) if (k, 1) in times and (k, 2) in times else None for k in part}
-        found[CALL] = times.get((CALL, 1))
-    return found
+            loaded.append(k)
+            progress("load layers to time", done + len(loaded), len(missing))
+            if enough() and any(runners[k, n] for k in loaded for n in (1, 2)):
+                break
+        times = _turns({k: r for k, r in runners.items() if r is not None}, clock, enough)
+        alone = {k: max(times[k, 2] - times[k, 1], 0.0) if {(k, 1), (k, 2)} <= times.keys() else None for k in loaded}
+        yield {CALL: times.get((CALL, 1)), **alone}
+        done += len(loaded)
+        if enough() and any(ms is not None for ms in alone.values()):
+            return
+
+
+def in_turn(shapes: Iterable[LayerShape], device: Device) -> tuple[LayerShape, ...]:
+    """All widths of all layers as they are to be timed: each layer whole, then at its narrowest, then between, and the
+    most work first."""
+    rows = [(widths(s, device), s.macs) for s in shapes]
+    turns = [((k > 0) + (0 < k < len(ws) - 1), -macs, w) for ws, macs in rows for k, w in enumerate(ws)]
+    return tuple(w for _, _, w in sorted(turns, key=lambda row: row[:2]))
 
 
 def _parts(missing: Mapping[str, LayerShape]) -> Iterator[list[str]]:
-    """In the order of their work, as many as fit in memory; at least one part, empty where nothing is missing."""
+    """In their order, as many as fit in memory; at least one part, empty where nothing is missing."""
     part: list[str] = []
     held = 0
-    for k in sorted(missing, key=lambda k: missing[k].macs):
-        if part and held + 3 * missing[k].weights > LOADED:
+    for k, shape in missing.items():
+        if part and held + 3 * shape.weights > LOADED:
             yield part
             part, held = [], 0
         part.append(k)
-        held += 3 * missing[k].weights
+        held += 3 * shape.weights
     yield part
 
 
@@ -393,7 +428,7 @@ def _renamed(node: Any, names: Mapping[str, str]) -> Any:
     return made
 
 
-def _turns(runners: Mapping[tuple[str, int], Runner], clock: Clock) -> dict[tuple[str, int], float]:
+def _turns(runners: Mapping[tuple[str, int], Runner], clock: Clock, enough: Enough) -> dict[tuple[str, int], float]:
     """Each runs twice in its turn and the second is timed: the first pays for having been away."""
     times: dict[tuple[str, int], list[float]] = {k: [] for k in runners}
     start = clock()
@@ -404,7 +439,7 @@ def _turns(runners: Mapping[tuple[str, int], Runner], clock: Clock) -> dict[tupl
             run()
             if done >= WARM_UP:
                 times[k].append((clock() - before) * 1e3)
-        if done >= WARM_UP + LEAST and clock() - start > SECONDS:
+        if done >= WARM_UP + LEAST and (clock() - start > SECONDS or enough()):
             break
     return {k: faster(row) for k, row in times.items()}
 
@@ -414,9 +449,13 @@ def faster(samples: Sequence[float]) -> float:
     return statistics.median(sorted(samples)[: (len(samples) + 1) // 2])
 
 
-def _curve(shape: LayerShape, times: Mapping[int, float | None]) -> Curve:
-    """From the times at several multiplications; None where there is none."""
+def _curve(shape: LayerShape, times: Mapping[int, float | None], device: Device) -> Curve:
+    """From the times at several multiplications; None where there is none. Below the narrowest that was timed, a width
+    that nobody tried takes less in proportion."""
     points = [Point(macs, ms) for macs, ms in sorted(times.items()) if ms is not None]
+    least = widths(shape, device)[-1].macs
+    if points and least not in times:
+        points.insert(0, Point(least, points[0].ms * least / max(points[0].macs, 1)))
     return Curve(shape, rising(points), bool(points))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lighten import cost
+from lighten.errors import RefusedFormat
 from lighten.plugins import get
 from lighten.search.widths import Costs, bits_harm, harms, layer_bytes, steps_of
 from lighten.types import ChannelGroup, Evidence, Job, LayerCost, LayerShape, Trial, WidthCost
@@ -22,18 +23,21 @@ IMAGES, NORM_IMAGES = 256, 128
 SHARES = (0.5, 0.25)
 """Shares of its channels that each group is measured at."""
 INT8, INT4 = ("int8", "int8"), ("int4", "int8")
+SCAN_SHARE, TIMES_SHARE = 0.12, 0.05
+"""Of the time that is left, how much all of this may take, and how much of that timing layers alone."""
 
 
 @dataclass(frozen=True)
 class Scouted:
     """The network's layers and channel groups; what each group costs when it is narrowed and each layer at fewer bits,
-    alone; and per format what the layers take."""
+    alone; and per format what the layers take. The `ends` keep 8 bits."""
 
     shapes: Mapping[str, LayerShape]
     groups: tuple[ChannelGroup, ...]
     widths: tuple[WidthCost, ...]
     bits: tuple[LayerCost, ...]
     times: Mapping[str, cost.CostModel]
+    ends: tuple[str, ...] = ()
 
 
 Keep = Callable[[str, Any], None]
@@ -53,6 +57,15 @@ def never() -> bool:
     return False
 
 
+Share = Callable[[float], Enough]
+"""From a share of the time that is left now, to what says when it is spent."""
+
+
+def unlimited(part: float) -> Enough:
+    """For those whom nobody limits."""
+    return never
+
+
 class _Stopped(Exception):
     """Enough was measured."""
 
@@ -65,24 +78,45 @@ def scout(
     widths: Iterable[WidthCost] = (),
     costs: Iterable[LayerCost] = (),
     keep: Keep = unkept,
-    enough: Enough = never,
+    share: Share = unlimited,
 ) -> Scouted:
     """Everything that planning widths and bits needs, from some hundred images and single layers.
 
-    Rows of `widths` and `costs` are known already. Without `bits`, or where there was `enough` before, 4-bit weights
-    are not measured; a group that was not measured counts as the mean of the others. Raises BadModel where
-    the dependency graph cannot be traced.
+    Rows of `widths` and `costs` are known already. Without `bits`, or where SCAN_SHARE of the time is spent before,
+    4-bit weights are not measured; a group that was not measured counts as the mean of the others. Raises BadModel where
+    the dependency graph cannot be traced, RefusedFormat where no format's layers can be timed.
     """
     from lighten.kit import channels
 
+    enough = share(SCAN_SHARE)
     shape = input_shape(job)
     protect = get("tasks", job.task).protect(job.original)
     shapes = channels.shapes(job.original, shape)
     groups = channels.groups(job.original, shape, protect)
+    times = layer_times(job, tuple(shapes.values()), formats, share)
     narrow = width_costs(job, groups, protect, widths, lambda row: keep("width", row), enough)
     fewer = bit_costs(job, costs, lambda row: keep("cost", row), enough) if bits and not enough() else tuple(costs)
-    times = {f: cost.measure(tuple(shapes.values()), INT8, f, job.device, progress=job.progress) for f in formats}
-    return Scouted(shapes, groups, narrow, fewer, times)
+    return Scouted(shapes, groups, narrow, fewer, times, ends_of(job))
+
+
+def layer_times(
+    job: Job, shapes: Sequence[LayerShape], formats: Sequence[str], share: Share = unlimited
+) -> dict[str, cost.CostModel]:
+    """What the layers take in each format, each in an equal part of TIMES_SHARE of the time that is left.
+
+    A format whose runtime takes no file of a single layer borrows the times of the first one that does, until whole
+    files say how it compares. Raises RefusedFormat where none does.
+    """
+    found, refused = dict[str, cost.CostModel](), list[RefusedFormat]()
+    for f in formats:
+        enough = share(TIMES_SHARE / len(formats))
+        try:
+            found[f] = cost.measure(shapes, INT8, f, job.device, progress=job.progress, enough=enough)
+        except RefusedFormat as e:
+            refused.append(e)
+    if not found:
+        raise refused[0]
+    return {f: found[f] if f in found else cost.borrowed(next(iter(found.values())), f) for f in formats}
 
 
 def bit_costs(
@@ -195,9 +229,9 @@ def _tensor(array: np.ndarray) -> Any:
 # --- from what was measured to what planning reads ----------------------------------------------------
 
 
-def costs(found: Scouted, format: str, trials: Iterable[Trial], job: Job, ends: Sequence[str] = ()) -> Costs:
+def costs(found: Scouted, format: str, trials: Iterable[Trial], job: Job) -> Costs:
     """What planning needs for one format: layer times held to every int8 file that was measured whole, and what those
-    files hold beside their layers. The `ends` keep 8 bits."""
+    files hold beside their layers."""
     seen = [t for t in trials if t.evidence and t.recipe.format == format and t.recipe.precision.weights == "int8"]
     networks = [(t.network or tuple(found.shapes.values()), t) for t in seen]
     model = cost.calibrated(found.times[format], [(n, _evidence(t).p50(1)) for n, t in networks])
@@ -209,7 +243,7 @@ def costs(found: Scouted, format: str, trials: Iterable[Trial], job: Job, ends: 
         lambda s: cost.predict(model, (s,)) - model.call_ms,
         model.call_ms,
         max(spare, default=0.0),
-        bits={n: d for n, d in bits_harm(found.bits).items() if n in found.shapes and n not in ends},
+        bits={n: d for n, d in bits_harm(found.bits).items() if n in found.shapes and n not in found.ends},
         multiple=job.device.channel_multiple,
     )
 

@@ -20,9 +20,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lighten.search.reach import is_probe
 from lighten.types import Evidence, Result, Trial, shrink, speedup
 
 if TYPE_CHECKING:
+    from lighten.exports import Row
     from lighten.runs import Beside, Comparison, Standing
 
 # Piped output is for logs and other programs: wide enough that nothing is cut.
@@ -76,8 +78,8 @@ def say(line: str) -> None:
     console.print(f"  {escape(line)}", style=style, soft_wrap=True)
 
 
-def trials_table(result: Result) -> Table:
-    """Original and each trial, the winner marked."""
+def trials_table(result: Result, lang: str = "en") -> Table:
+    """Original and each trial; the winner is marked, and so is a short trial: its accuracy is not its recipe's."""
     base = result.baseline.evidence
     assert base is not None
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 1))
@@ -86,7 +88,9 @@ def trials_table(result: Result) -> Table:
     for trial in (result.baseline, *result.trials):
         mark = "★" if trial.id == result.winner else ""
         title = trial.recipe.title + (" (original)" if trial.id == result.baseline.id else "")
-        table.add_row(mark, title, *_cells(trial, base), style="bold" if mark else "")
+        short = is_probe(trial.recipe)
+        title += f" ({_word('short trial', lang)})" if short else ""
+        table.add_row(mark, title, *_cells(trial, base), style="bold" if mark else "dim" if short else "")
     return table
 
 
@@ -111,7 +115,9 @@ def print_result(result: Result, lang: str) -> None:
     assert winner.evidence is not None
     assert base is not None
     console.print()
-    console.print(trials_table(result))
+    console.print(trials_table(result, lang))
+    if any(is_probe(t.recipe) for t in result.trials):
+        console.print(f"  {_word(SHORT_TRIALS, lang)}", style="dim", soft_wrap=True)
     console.print()
     for advice in result.advice:
         console.print(f"  [yellow]![/] {escape(advice.zh if lang == 'zh' else advice.en)}", soft_wrap=True)
@@ -167,7 +173,10 @@ MARKS = {
     "damaged": "[red]✗[/]",
 }
 CLASSES_SHOWN = 20
+SHORT_TRIALS = "A short trial trains only long enough to tell plans apart: its accuracy is not that of its recipe."
 ZH = {
+    "short trial": "短训练试验",
+    SHORT_TRIALS: "短训练试验只训练到能分出方案优劣为止，它的精度不代表该方案的最终精度。",
     "run": "运行",
     "smaller": "缩小",
     "drop": "下降",
@@ -317,3 +326,32 @@ def _beside(title: str, *names: str, right: bool = False) -> Table:
     for name in names:
         table.add_column(name, justify="right" if right and name else "left", overflow="fold")
     return table
+
+
+EXPORT_COLUMNS = {
+    "en": ("format", "precision", "MB", "of float32", "same answer", "top-1", "drop", "ms", "memory MB", ""),
+    "zh": ("格式", "精度", "MB", "占 float32", "答案一致", "top-1", "损失", "毫秒", "内存 MB", ""),
+}
+STATUS = {"PASS": "green", "FAIL": "red", "failed": "red"}
+
+
+def print_exports(rows: Sequence[Row], title: str, lang: str = "en") -> None:
+    """Format x precision: what every exported file costs, or why there is none."""
+    table = Table(title=escape(title), title_justify="left")
+    for k, name in enumerate(EXPORT_COLUMNS[lang]):
+        table.add_column(name, justify="left" if k in (0, 1, 9) else "right", overflow="fold")
+    for row in rows:
+        words = "; ".join([w for w in (row.reason, ", ".join(row.fallbacks)) if w])
+        status = f"[{STATUS.get(row.status, 'yellow')}]{row.status}[/] {escape(words)}".rstrip()
+        table.add_row(row.format, row.precision.title, *_export_figures(row), status)
+    console.print(table)
+
+
+def _export_figures(row: Row) -> tuple[str, ...]:
+    size = f"{row.bytes / 1e6:.2f}" if row.bytes else "-"
+    share = f"{100 * row.bytes / row.original_bytes:.1f} %" if row.bytes and row.original_bytes else "-"
+    if row.evidence is None:
+        return size, share, "-", "-", "-", "-", "-"
+    e = row.evidence
+    same, top1 = f"{e.fidelity.same_top1:.1f} %", f"{e.metric.value:.2f} %"
+    return size, share, same, top1, f"{e.drop.value:+.2f}", f"{e.p50(1):.2f}", f"{e.memory_mb:.0f}"

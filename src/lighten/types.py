@@ -226,7 +226,8 @@ class Precision:
         names = {"float32": "weights only", "dynamic": "dynamic"}
         plain = self.weights == self.activations
         name = self.weights if plain else f"{self.weights}/{names.get(self.activations, self.activations)}"
-        return f"{name} ({len(self.exceptions)} layers otherwise)" if self.exceptions else name
+        count = len(self.exceptions)
+        return f"{name} ({count} layer{'s' if count > 1 else ''} otherwise)" if count else name
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,22 @@ class ClassChange:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Raw times of one image, one thread: the file and the original's file, in turns in one process.
+
+    What else the machine does slows both, so that their ratio holds where single times do not.
+    """
+
+    ms: tuple[float, ...]
+    original_ms: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than the original."""
+        return statistics.median(self.original_ms) / statistics.median(self.ms)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All that was measured on one artifact, in its own runtime, on the `select` images."""
 
@@ -374,6 +391,7 @@ class Evidence:
     fidelity: Agreement
     drift: Agreement
     runtime: str
+    beside: Beside | None = None
 
     def p50(self, threads: int = 1) -> float:
         """Median latency in ms at `threads`, or at the nearest count that was measured."""
@@ -386,8 +404,8 @@ def shrink(got: Evidence, base: Evidence) -> float:
 
 
 def speedup(got: Evidence, base: Evidence) -> float:
-    """Original's median latency over this one's, one thread each."""
-    return base.p50(1) / got.p50(1)
+    """Original's median latency over this one's, one thread each; taken in turns, where they were."""
+    return got.beside.ratio if got.beside else base.p50(1) / got.p50(1)
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,14 @@ class Built:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the untouched original answers, in torch: drop and drift are measured against it."""
+    """What the untouched original answers, in torch: drop and drift are measured against it.
+
+    `original` is its own file, in front of which others are timed; None while that is being made.
+    """
 
     select: Split
     outputs: np.ndarray
+    original: Artifact | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ Made = dict[tuple[tuple[Step, ...], Precision | None], Module]
 """The module of the last steps and precision: the next format of the same plan takes it as it is. Without a precision:
 the network before it was quantized, from which the next precision goes on."""
 QUANTIZERS = ("quantize", "qat")
+PROGRAMS = "programs"
+"""The folder beside the artifacts with one program a plan: `lighten export` writes other formats from it."""
 NETWORK = "network.safetensors"
 """The network that a recipe trained or narrowed, in float, beside the artifact: it can be trained on, or exported."""
 
@@ -114,12 +120,13 @@ def build(recipe: Recipe, job: Job, folder: Path, made: Made | None = None) -> B
         file = room / f"model{format.SUFFIX}"
         companions = format.export(module.exported, input_shape(job), file, recipe.precision, job.device)
         notes = (*module.notes, *(keep_network(module.network, arch_of(recipe, job), job, room) if changed else ()))
+    notes = (*notes, *keep_program(recipe, module, job, folder))
     path = folder / recipe.id / f"model{format.SUFFIX}"
     artifact = Artifact(
-        f"{folder.name}/{recipe.id}/{path.name}",
+        f"{folder.name}/{path.relative_to(folder)}",
         recipe.format,
         sha256_file(path),
-        tuple(c.name for c in companions),
+        tuple(str(c.relative_to(file.parent)) for c in companions),
     )
     layers = tuple(getattr(module.exported, "meta", {}).get("layers", ()))
     network = shapes_of(module.network, job) if changed or not recipe.steps else ()
@@ -150,6 +157,33 @@ def keep_network(network: Any, arch: str, job: Job, folder: Path) -> tuple[str, 
         )
     except LightenError as e:
         return (f"{NETWORK} was not written: {e.what}",)
+    return ()
+
+
+def program_of(recipe: Recipe, folder: Path) -> Path:
+    """Where the program of a recipe's plan lies; float16 is written from the float32 one."""
+    precision = recipe.precision if recipe.precision.quantized else Precision()
+    steps = [s for s in recipe.steps if recipe.precision.quantized or s.method not in QUANTIZERS]
+    return folder / PROGRAMS / digest([to_json(steps), to_json(precision)])[:10] / "program.pt2"
+
+
+def keep_program(recipe: Recipe, module: Module, job: Job, folder: Path) -> tuple[str, ...]:
+    """Write the program of the plan, and of the network before it was quantized; a reason where that cannot be."""
+    from lighten.quant import program
+
+    before = tuple(s for s in recipe.steps if s.method not in QUANTIZERS)
+    wanted = {program_of(recipe, folder): module.exported}
+    if before:
+        wanted[program_of(Recipe(before), folder)] = module.network
+    try:
+        for path, one in wanted.items():
+            if not path.exists():
+                with whole_folder(path.parent) as room:
+                    program.save(one, input_shape(job), room / path.name)
+    except DiskFull:
+        raise
+    except Exception as e:  # noqa: BLE001 - the trial stands without it; torch's exporter raises anything
+        return (f"the program for `lighten export` was not written: {type(e).__name__}: {str(e)[:200]}",)
     return ()
 
 
@@ -195,7 +229,9 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
     """Everything that is known of an artifact, from the file itself in its own runtime."""
     task, select = get("tasks", job.task), reference.select
     path = folder.parent / built.artifact.path
-    got = bench.measure(path, built.artifact.format, decoded(select), job.preprocess, timing=timing)
+    base = reference.original
+    beside = (folder.parent / base.path, base.format) if base else None
+    got = bench.measure(path, built.artifact.format, decoded(select), job.preprocess, timing=timing, beside=beside)
     before, labels = reference.outputs, select.labels
     return Evidence(
         metric_name=task.METRIC,
@@ -213,6 +249,7 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
         ),
         drift=agreement(before, got.outputs),
         runtime=got.runtime,
+        beside=got.beside,
     )
 
 

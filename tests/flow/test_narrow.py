@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -18,13 +19,13 @@ import torch
 from torch import nn
 
 import lighten
-from lighten import bundle, scout, walk, worker
+from lighten import bundle, scout, trials, walk, worker, workshop
 from lighten.bench import Timing
 from lighten.data.preprocess import normalize
 from lighten.data.splits import Split
 from lighten.plugins import get
 from lighten.search import reach
-from lighten.types import Budget, Data, Result, Trial
+from lighten.types import Budget, Data, Result, Trial, from_json
 
 QUICK = Timing(warmup=1, runs=5, least=2, seconds=0.1)
 HOW = lighten.Preprocess(16, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -216,11 +217,11 @@ def test_the_ledger_and_the_result_hold_what_was_measured_of_groups(finished: Fi
 
 def test_seconds_of_training_are_told_apart_from_the_rest(finished: Finished) -> None:
     long = next(t for t in finished[0].trials if reach.training_of(t.recipe) and not reach.is_probe(t.recipe))
-    assert any(walk.TRAINED.match(note) for note in long.notes)
+    assert any(trials.TRAINED.match(note) for note in long.notes)
     told = dataclasses.replace(
         long, build_s=100.0, measure_s=3.0, notes=("trained 0.8 epochs in 72 s", "something else")
     )
-    assert walk.untrained_s(told) == 31.0
+    assert trials.untrained_s(told) == 31.0
 
 
 def test_the_same_call_repeats_nothing(finished: Finished, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +303,7 @@ def test_a_training_that_was_cut_goes_on_and_ends_in_the_same_network(
     with pytest.raises(KeyboardInterrupt):
         again(progress=stop)
     assert list((folder / "scratch").rglob("*.pt"))
+    assert all(workshop.is_whole(from_json(Trial, t), folder) for t in kinds(folder, "trial"))
     seen: list[str] = []
     result = again(progress=lambda what, done, total: seen.append(what))
     epochs = [what for what in dict.fromkeys(seen) if what.startswith("epoch")]
@@ -330,12 +332,13 @@ def test_a_damaged_file_of_a_narrowed_trial_is_made_again(
     assert [t.recipe for t in narrowed(result)] == [t.recipe for t in narrowed(finished[0])]
 
 
-def test_a_killed_worker_is_a_failed_trial_and_the_run_ends_with_a_verdict(
+def test_a_killed_worker_is_a_failed_trial_the_run_goes_on_and_the_best_so_far_ships(
     finished: Finished, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = len(narrowed(finished[0]))
-    cut(finished, tmp_path, lambda row, n: n < count)
+    """Killed in the middle of the first probe's training, and again in the long one."""
+    cut(finished, tmp_path, lambda row, n: n == 0)
     children: list[int] = []
+    killed: list[int] = []
 
     class Watched(worker._Child):
         def __init__(self) -> None:
@@ -343,23 +346,79 @@ def test_a_killed_worker_is_a_failed_trial_and_the_run_ends_with_a_verdict(
             children.append(self.process.pid)
 
     monkeypatch.setattr(worker, "_Child", Watched)
+    heard = Heard()
 
     def kill(what: str, done: int, total: int) -> None:
-        if children and what.startswith("epoch"):
+        last = not killed or "training 10 epochs" in heard.lines[-1]
+        if what.startswith("epoch") and children[-1] not in killed and last:
+            killed.append(children[-1])
             os.kill(children[-1], signal.SIGKILL)
 
-    heard = Heard()
     result = lighten.compress(
         model, pictures(), SMALL, preprocess=HOW, settings=settings(tmp_path, isolate=True), log=heard, progress=kill
     )
-    assert len(children) == 1
+    assert killed == children
+    assert len(killed) == 2
+    first, second, long = narrowed(result)
+    for trial in (first, long):
+        assert trial.failure is not None
+        assert "killed" in trial.failure.reason
+    assert result.winner == second.id
+    assert any("trained" in note for note in second.notes)
+    assert bundle.verify(bundle.load(tmp_path / "run" / "bundle"))[0]
+    assert any("killed" in a.en for a in result.advice)
+
+
+# --- a loss that is not finite ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], None]:
+    """Makes the loss NaN in those steps, of all that are trained from now on."""
+    from lighten.kit import recover
+
+    def spoil(at: Callable[[int], bool]) -> None:
+        real, steps = recover._loss, itertools.count()
+
+        def make(*given: Any) -> Any:
+            loss = real(*given)
+            return lambda *batch: loss(*batch) * (float("nan") if at(next(steps)) else 1.0)
+
+        monkeypatch.setattr(recover, "_loss", make)
+
+    return spoil
+
+
+def test_a_loss_that_turns_nan_is_rolled_back_and_said(
+    finished: Finished, model: nn.Module, tmp_path: Path, in_process: None, spoiled: Callable[..., None]
+) -> None:
+    count = len(narrowed(finished[0]))
+    cut(finished, tmp_path, lambda row, n: n < count)
+    spoiled(lambda step: step == 7)
+    heard = Heard()
+    result = lighten.compress(model, pictures(), SMALL, preprocess=HOW, settings=settings(tmp_path), log=heard)
+    says = "The loss was NaN in epoch"
+    assert heard.text.count(says) == 1
+    assert "rolled back to step" in heard.text
+    long = narrowed(result)[-1]
+    assert [says in note for note in long.notes].count(True) == 1
+    assert long.evidence is not None
+    assert long.evidence.metric.value > 60  # of three classes
+    assert says in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_loss_that_stays_nan_is_a_failed_trial_and_the_best_so_far_ships(
+    finished: Finished, model: nn.Module, tmp_path: Path, in_process: None, spoiled: Callable[..., None]
+) -> None:
+    count = len(narrowed(finished[0]))
+    cut(finished, tmp_path, lambda row, n: n < count)
+    spoiled(lambda step: step >= 7)
+    result = lighten.compress(model, pictures(), SMALL, preprocess=HOW, settings=settings(tmp_path))
     long = narrowed(result)[-1]
     assert long.failure is not None
-    assert "killed" in long.failure.reason
+    assert "NaN" in long.failure.reason
     assert reach.is_probe(result.winning.recipe)
-    assert result.verdict in ("PASS", "FAIL")
-    assert (tmp_path / "run" / "bundle" / "model.onnx").exists()
-    assert any("killed" in a.en for a in result.advice)
+    assert bundle.verify(bundle.load(tmp_path / "run" / "bundle"))[0]
 
 
 # --- what cannot be -----------------------------------------------------------------------------------
@@ -422,6 +481,35 @@ def test_a_network_that_cannot_be_narrowed_ends_with_its_quantized_file(
 # --- time ---------------------------------------------------------------------------------------------
 
 
+def test_a_run_from_the_beginning_ends_within_its_time(
+    finished: Finished, model: nn.Module, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much time as all but training took in the run before, as long again, and some seconds to train in."""
+    monkeypatch.setattr(reach, "LEAST_TRAINING_S", 1.0)
+    monkeypatch.setattr(reach, "MOST_EPOCHS", 1e5)
+    spent = dict(finished[0].spent)
+    limit = 15.0 + 2 * sum(s for part, s in spent.items() if part not in ("probes", "training"))
+    heard, began = Heard(), time.monotonic()
+    budget = dataclasses.replace(SMALL, time_s=limit)
+    result = lighten.compress(model, pictures(), budget, preprocess=HOW, settings=settings(tmp_path), log=heard)
+    took = time.monotonic() - began
+    assert took <= 1.1 * limit, heard.text
+    assert any(not reach.is_probe(t.recipe) for t in narrowed(result)), heard.text
+    assert took >= 0.5 * limit, heard.text  # what there was is trained in
+    assert all(workshop.is_whole(t, tmp_path / "run") for t in (result.baseline, *result.trials))
+    assert bundle.verify(bundle.load(tmp_path / "run" / "bundle"))[0]
+
+
+def test_no_time_at_all_ends_with_what_was_weighed_in(model: nn.Module, tmp_path: Path, in_process: None) -> None:
+    heard = Heard()
+    budget = dataclasses.replace(SMALL, time_s=0.01)
+    result = lighten.compress(model, pictures(), budget, preprocess=HOW, settings=settings(tmp_path), log=heard)
+    assert "time is up after 1 trials" in heard.text
+    assert (result.verdict, result.winner, result.trials) == ("FAIL", result.baseline.id, ())
+    assert bundle.verify(bundle.load(tmp_path / "run" / "bundle"))[0]
+    assert kinds(tmp_path / "run", "width", "planned") == []
+
+
 def test_the_time_is_kept_and_trained_in(
     finished: Finished, model: nn.Module, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,5 +536,5 @@ def test_the_time_is_kept_and_trained_in(
         assert 0 < seconds < limit
         if not reach.is_probe(t.recipe):
             assert seconds >= 2.0
-            assert t.build_s - walk.untrained_s(t) + t.measure_s == pytest.approx(seconds, abs=1.5)
+            assert t.build_s - trials.untrained_s(t) + t.measure_s == pytest.approx(seconds, abs=1.5)
     assert bundle.verify(bundle.load(folder / "bundle"))[0]

@@ -252,6 +252,32 @@ def test_a_format_that_fails_is_a_failed_trial_not_a_failed_run(
     assert (tmp_path / "x" / "report.html").exists()
 
 
+def test_the_search_reads_the_held_out_images_and_no_others(model: nn.Module, tmp_path: Path, in_process: None) -> None:
+    """Every other image of train/ is held out and lies in the wrong folder: only who reads those finds the original
+    always wrong. The report images are right."""
+    from PIL import Image
+
+    for k, (image, label) in enumerate(pictures(240, seed=1)):
+        part, held = ("test", False) if k < 60 else ("train", k // 3 % 2 == 0)
+        folder = tmp_path / "photos" / part / str((label + held) % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{'held' if held else 'own'}-{k}.png")
+    names = sorted((tmp_path / "photos" / "train").glob("*/held-*.png"))
+    data = lighten.load_data(tmp_path / "photos", held_out=[str(n) for n in names])
+    settings = lighten.Settings(
+        name="held", out=tmp_path, timing=QUICK, formats=("onnx",), precisions=("int8",), isolate=False
+    )
+    result = lighten.compress(model, data, lighten.Budget(max_drop=5), preprocess=HOW, settings=settings)
+    assert result.images["calibrate"] + result.images["select"] == len(names) == 90
+    assert result.images["train"] == 90
+    for trial in (result.baseline, *result.trials):
+        assert trial.evidence is not None
+        assert trial.evidence.metric.n == result.images["select"]
+        assert trial.evidence.metric.value < 10
+    assert result.final.baseline.value > 90
+    assert result.final.winner.n == 60
+
+
 def test_a_wrong_channel_order_is_doubted_and_the_right_one_is_not() -> None:
     from lighten import walk
     from lighten.data import demo

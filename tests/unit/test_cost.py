@@ -225,8 +225,8 @@ class Bench:
         return self.now
 
     def measure(self, shapes: list[LayerShape], device: Device, cache: Path, **more: object) -> CostModel:
-        precision = more.get("precision", INT8)
-        return cost.measure(shapes, precision, "onnx", device, cache, load=self.load, clock=self.clock)  # type: ignore[arg-type]
+        precision = more.pop("precision", INT8)
+        return cost.measure(shapes, precision, "onnx", device, cache, load=self.load, clock=self.clock, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -307,6 +307,74 @@ def test_where_no_layer_can_be_timed_the_format_is_refused(device: Device, cache
 def test_a_precision_without_layers_of_its_own_is_refused(precision: cost.Choice, device: Device, cache: Path) -> None:
     with pytest.raises(BadConfig):
         Bench().measure([conv()], device, cache, precision=precision)
+
+
+class Patience:
+    """There is enough once it was asked `n` times."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def in_cache(cache: Path, device: Device, *layers: LayerShape) -> list[tuple[str, int]]:
+    """(layer, width) whose time is there."""
+    (times,) = json.loads(cache.read_text())["times"].values()
+    return [(s.name, w.outputs) for s in layers for w in cost.widths(s, device) if cost.key(w) in times]
+
+
+def assert_alike(one: CostModel, other: CostModel) -> None:
+    for a, b in zip(one.curves, other.curves, strict=True):
+        assert [p.macs for p in a.points] == [p.macs for p in b.points]
+        assert [p.ms for p in a.points] == pytest.approx([p.ms for p in b.points])
+
+
+def test_without_time_one_layer_is_timed_and_all_else_takes_its_rate(device: Device, cache: Path) -> None:
+    a, b = conv("a", 32, 32), conv("b")
+    costs = Bench().measure([a, b], device, cache, enough=lambda: True)
+    assert in_cache(cache, device, a, b) == [("b", 64)]
+    assert costs.guessed == ("a",)
+    assert layer_ms(costs, a) == pytest.approx(a.macs / 1e3)
+    narrow = conv("b", 8, 8)
+    assert layer_ms(costs, narrow) == pytest.approx(narrow.macs / 1e3)  # and not what the whole layer takes
+
+
+def test_whole_layers_come_first_and_the_next_call_goes_on_with_the_rest(device: Device, cache: Path) -> None:
+    a, b = conv("a", size=8), conv("b")
+    first, second = Bench(), Bench()
+    first.measure([b, a], device, cache, enough=Patience(2))
+    assert in_cache(cache, device, a, b) == [("a", 64), ("a", 8), ("b", 64)]
+    assert first.loads == 1 + 2 * 3
+    whole = second.measure([b, a], device, cache)
+    assert second.loads == 1 + 2 * 9
+    assert_alike(whole, Bench().measure([b, a], device, cache.with_name("fresh.json")))
+
+
+def test_layers_that_are_refused_do_not_use_up_the_time(device: Device, cache: Path) -> None:
+    a, b = conv("a"), LayerShape("b", "linear", 1024, 1000)  # b has more work, so that it comes first
+    costs = Bench(refuse=lambda macs: macs > 64 * 64 * 9 * 16).measure([a, b], device, cache, enough=lambda: True)
+    assert costs.guessed == ("b",)
+    assert layer_ms(costs, a) == pytest.approx(a.macs / 1e3)
+
+
+def test_time_that_ends_while_layers_take_turns_ends_the_turns(device: Device, cache: Path) -> None:
+    patient, hasty = Bench(), Bench()
+    layer = LayerShape("a", "linear", 16, 16)  # timed at 16 and 8
+    whole = patient.measure([layer], device, cache)
+    short = hasty.measure([layer], device, cache.with_name("fresh.json"), enough=Patience(2))
+    assert hasty.now < patient.now / 4
+    assert_alike(short, whole)  # the stub's layers always take the same
+
+
+def test_times_of_another_format_are_corrected_by_one_whole_file() -> None:
+    costs, a, b = two_layers()
+    lent = cost.borrowed(costs, "litert")
+    assert (lent.format, lent.curves) == ("litert", costs.curves)
+    assert predict(calibrated(lent, [([a, b], 30.0)]), [a, b]) == pytest.approx(30.0, rel=0.02)
+    assert predict(calibrated(costs, [([a, b], 30.0)]), [a, b]) < 25.0
 
 
 def test_wider_is_never_predicted_faster(device: Device, cache: Path) -> None:

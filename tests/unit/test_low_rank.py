@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -309,13 +310,22 @@ def test_training_on_brings_answers_nearer_to_the_original(job: Job) -> None:
     assert errors[1] < errors[0]
 
 
+def test_training_keeps_to_the_time(job: Job) -> None:
+    said: list[str] = []
+    step = Step(ratio=0.2, keep=("stem",), epochs=1e5, seconds=1.0)
+    step.apply(copy.deepcopy(job.original), dataclasses.replace(job, say=said.append))
+    (found,) = (found for line in said if (found := re.fullmatch(r"trained ([\d.]+) epochs in (\d+) s", line)))
+    assert 0 < float(found[1]) < 1e5
+    assert int(found[2]) <= 2
+
+
 # --- bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "bad",
     [{"energy": 0.0}, {"energy": 1.1}, {"energy": math.nan}, {"ratio": 1.0}, {"ratio": -0.5}, {"round_to": -8},
-     {"images": 0}, {"epochs": -1.0}, {"lr": 0.0}, {"distill": -0.1}],
+     {"images": 0}, {"epochs": -1.0}, {"seconds": -1.0}, {"lr": 0.0}, {"distill": -0.1}],
 )  # fmt: skip
 def test_a_bad_setting_is_named(bad: dict[str, Any]) -> None:
     with pytest.raises(BadConfig, match=next(iter(bad))):

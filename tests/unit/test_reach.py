@@ -27,6 +27,12 @@ def measured(recipe: Recipe, **numbers: float) -> Trial:
     return trial(recipe, **{"top1": 80.0, "drop": 10.0, "size": 17_000, "ms": 1.5, **numbers})
 
 
+def probed(found: reach.Means) -> list[Trial]:
+    """The probes, and the extra files of the best of them."""
+    done = [measured(r) for r in reach.next_recipes(found, ())]
+    return [*done, *(measured(r) for r in reach.next_recipes(found, done) if reach.is_probe(r))]
+
+
 def test_the_goal_is_the_tighter_of_each_pair_of_limits() -> None:
     base = BASE.evidence
     assert base is not None
@@ -82,6 +88,101 @@ def test_where_every_probe_broke_a_limit_narrower_ones_are_planned() -> None:
     assert all((reach.expected(means(), r).latency_ms or 0) < tightest for r in again)
 
 
+# --- formats that the probes were not made in ------------------------------------------------------------
+
+MORE = ("onnx", "openvino", "c", "d", "e", "f")
+
+
+def several(asked: tuple[str, ...] = (), left_s: float | None = 1000.0, **file_s: float) -> reach.Means:
+    """`means` with six formats, each slower than the one before; a file takes 10 s unless told otherwise."""
+    known = {f: costs(other_ms=0.1 * k) for k, f in enumerate(MORE)}
+    seconds = {**dict.fromkeys(MORE, 10.0), **file_s}
+    return replace(means(left_s=left_s), costs=known, formats=MORE, file_s=seconds, asked=asked)
+
+
+def test_the_best_probe_is_written_in_a_few_other_formats_before_its_long_training() -> None:
+    found = several()
+    first, second = reach.next_recipes(found, ())
+    done = [measured(first, top1=70.0), measured(second, top1=75.0)]
+    extra = reach.next_recipes(found, done)
+    assert extra == tuple(replace(second, format=f) for f in ("openvino", "c", "d"))
+    assert all(map(reach.is_probe, extra))  # the same training, which is there already
+    done += [measured(r, top1=75.0) for r in extra]
+    long = reach.next_recipes(found, done)
+    assert [r.format for r in long] == list(MORE)
+    assert {reach.plan_of(r) for r in long} == {reach.plan_of(second)}
+    assert not any(map(reach.is_probe, long))
+
+
+def test_extra_files_come_in_the_formats_asked_for_first() -> None:
+    found = several(asked=("e", "f"))
+    probes = [measured(r) for r in reach.next_recipes(found, ())]
+    assert [r.format for r in reach.next_recipes(found, probes)] == ["e", "f", "openvino"]
+
+
+def test_extra_files_take_little_of_the_time_for_training() -> None:
+    """950 s are left for training: 47.5 s of them."""
+    slow = several(openvino=50.0, c=20.0, d=26.0)
+    probes = [measured(r) for r in reach.next_recipes(slow, ())]
+    assert [r.format for r in reach.next_recipes(slow, probes)] == ["c", "d"]
+    assert not reach.is_probe(reach.next_recipes(several(left_s=200.0), probes)[0])  # 7.5 s
+    free = several(left_s=None, openvino=1e9)
+    assert [r.format for r in reach.next_recipes(free, probes)] == ["openvino", "c", "d"]
+
+
+def test_a_format_that_failed_gets_no_second_extra_file() -> None:
+    found = several()
+    done = [measured(r) for r in reach.next_recipes(found, ())]
+    done += [Trial(r, failure=Failure("being built", "no")) for r in reach.next_recipes(found, done)]
+    assert not any(map(reach.is_probe, reach.next_recipes(found, done)))
+
+
+def two(asked: tuple[str, ...], openvino_ms: float) -> tuple[reach.Means, list[Trial]]:
+    """Two formats; probes inside the limits in onnx, the better one's file measured in openvino, whose costs have
+    learnt of it."""
+    known = {"onnx": costs(), "openvino": costs(other_ms=max(openvino_ms - 1.5, 0.0))}
+    found = replace(means(left_s=None), costs=known, asked=asked)
+    first, second = reach.next_recipes(found, ())
+    done = [measured(first, top1=75.0), measured(second, top1=70.0)]
+    (extra,) = reach.next_recipes(found, done)
+    assert (extra.format, reach.plan_of(extra)) == ("openvino", reach.plan_of(first))
+    return found, [*done, measured(extra, top1=75.0, ms=openvino_ms)]
+
+
+def test_an_asked_format_in_which_the_limit_breaks_gets_probes_of_its_own_once() -> None:
+    """2 ms are allowed."""
+    found, done = two(("onnx", "openvino"), 2.3)
+    again = reach.next_recipes(found, done)
+    assert again
+    assert all(reach.is_probe(r) and r.format == "openvino" for r in again)
+    for r in again:
+        assert (reach.expected(found, r).latency_ms or 9.0) <= 2.0
+        assert (reach.expected(found, replace(r, format="onnx")).latency_ms or 9.0) <= 2.0
+    near = [*done, *(measured(r, top1=74.5) for r in again)]
+    assert {reach.plan_of(r) for r in reach.next_recipes(found, near)} <= {reach.plan_of(r) for r in again}
+    missed = [*done, *(measured(r, top1=74.5, ms=2.1) for r in again)]
+    assert {reach.plan_of(r) for r in reach.next_recipes(found, missed)} == {reach.plan_of(done[0].recipe)}
+
+
+def test_far_worse_answers_are_no_price_for_the_limit_in_every_format() -> None:
+    found, done = two(("onnx", "openvino"), 2.3)
+    again = [measured(r, top1=75.0 - reach.SACRIFICE - 0.5) for r in reach.next_recipes(found, done)]
+    long = reach.next_recipes(found, [*done, *again])
+    assert {reach.plan_of(r) for r in long} == {reach.plan_of(done[0].recipe)}
+
+
+def test_where_nobody_asked_for_formats_one_that_keeps_the_limits_is_enough() -> None:
+    found, done = two((), 2.3)
+    assert not any(map(reach.is_probe, reach.next_recipes(found, done)))
+
+
+def test_an_asked_format_that_keeps_the_limits_changes_nothing() -> None:
+    found, done = two(("onnx", "openvino"), 1.9)
+    long = reach.next_recipes(found, done)
+    assert not any(map(reach.is_probe, long))
+    assert {reach.plan_of(r) for r in long} == {reach.plan_of(done[0].recipe)}
+
+
 def test_planning_anew_comes_to_an_end() -> None:
     done: list[Trial] = []
     for _ in range(20):
@@ -113,7 +214,7 @@ def test_a_finished_long_training_ends_a_search_with_limited_time() -> None:
 
 def test_without_a_limit_on_time_a_missed_drop_is_trained_twice_as_long_but_not_forever() -> None:
     free = means(left_s=None)
-    done = [measured(r) for r in reach.next_recipes(free, ())]
+    done = probed(free)
     epochs = []
     while todo := reach.next_recipes(free, done):
         epochs.append(dict(todo[0].steps[1].settings)["epochs"])
@@ -124,7 +225,7 @@ def test_without_a_limit_on_time_a_missed_drop_is_trained_twice_as_long_but_not_
 
 def test_a_met_budget_ends_the_search() -> None:
     free = means(left_s=None)
-    done = [measured(r) for r in reach.next_recipes(free, ())]
+    done = probed(free)
     done += [measured(r, drop=0.2) for r in reach.next_recipes(free, done)]
     assert reach.next_recipes(free, done) == ()
 
@@ -151,18 +252,21 @@ def test_a_plan_of_fewer_bits_alone_names_no_channels_and_is_trained_on_like_any
     assert {name for name, weights, _ in fewer.precision.exceptions if weights == "int4"} <= {"b", "c"}
     assert reach.expected(found, fewer).bytes <= 0.8 * whole.bytes
     probe = measured(fewer, size=int(0.8 * whole.bytes))
-    long = reach.next_recipes(found, [probe])
+    (extra,) = reach.next_recipes(found, [probe])
+    assert extra == replace(fewer, format="openvino")
+    both = [probe, measured(extra, size=int(0.8 * whole.bytes))]
+    long = reach.next_recipes(found, both)
     assert [[s.method for s in r.steps] for r in long] == [["distill", "quantize"]] * 2
     assert not any(map(reach.is_probe, long))
-    assert reach.next_recipes(found, [probe, *(measured(r, size=int(0.8 * whole.bytes), drop=0.1) for r in long)]) == ()
+    assert reach.next_recipes(found, [*both, *(measured(r, size=int(0.8 * whole.bytes), drop=0.1) for r in long)]) == ()
 
 
 def test_an_unchanged_network_is_no_plan_although_it_is_expected_to_fit() -> None:
     """It was measured outside the limit that it is predicted to keep."""
     whole = predict(costs(), {}).bytes
     found = replace(means(Budget(max_size_mb=1.1 * whole / 1e6)), costs={"onnx": costs(), "openvino": costs()})
-    plans = reach.candidates(found, 1.0)
+    plans = reach.candidates(found, 1.0, "onnx")
     assert plans
     assert all(p.widths and p.predicted.bytes < whole for p in plans)
     loose = replace(found, budget=Budget(max_size_mb=100 * whole / 1e6))
-    assert reach.candidates(loose, 1.0) == []
+    assert reach.candidates(loose, 1.0, "onnx") == []

@@ -16,6 +16,7 @@ from torch import nn
 from conftest import trial
 from lighten import cost, scout
 from lighten.data.splits import ArrayImages, Split
+from lighten.errors import RefusedFormat
 from lighten.kit import channels, importance, norms
 from lighten.search.widths import layer_bytes
 from lighten.types import ChannelGroup, Data, Device, Job, LayerCost, LayerShape, Precision, Recipe, Step, WidthCost
@@ -145,6 +146,12 @@ def test_a_row_of_another_width_is_no_row_of_this_one(job: Job, groups: tuple[Ch
 # --- everything together ----------------------------------------------------------------------------
 
 
+def plain(shapes: Any, precision: Any, format: str) -> cost.CostModel:
+    """Half a millisecond a layer, whatever its width."""
+    curves = tuple(cost.Curve(s, (cost.Point(s.macs, 0.5),)) for s in shapes)
+    return cost.CostModel(format, precision, "none", curves, 0.25)
+
+
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Formats whose layers were asked to be timed; nothing is timed."""
@@ -152,8 +159,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measure(shapes: Any, precision: Any, format: str, device: Device, **_: Any) -> cost.CostModel:
         asked.append(format)
-        curves = tuple(cost.Curve(s, (cost.Point(s.macs, 0.5),)) for s in shapes)
-        return cost.CostModel(format, precision, "none", curves, 0.25)
+        return plain(shapes, precision, format)
 
     monkeypatch.setattr(cost, "measure", measure)
     return asked
@@ -179,9 +185,50 @@ def test_each_format_is_timed_and_every_row_is_handed_out_at_once(job: Job, time
 def test_bits_are_measured_only_where_they_matter_and_there_is_time(job: Job, timed: list[str]) -> None:
     assert scout.scout(job, ("onnx",), bits=False).bits == ()
     known = (LayerCost("fc", "linear", "int8", "int8", 0.1, 0.1, None, 10),)
-    short = scout.scout(job, ("onnx",), costs=known, enough=lambda: True)
+    short = scout.scout(job, ("onnx",), costs=known, share=lambda part: lambda: True)
     assert short.bits == known
     assert len(short.widths) == 1
+
+
+def test_each_format_has_an_equal_part_of_the_time_for_its_layers(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def share(part: float) -> Any:
+        shares.append(part)
+        return lambda: part
+
+    def measure(shapes: Any, precision: Any, format: str, device: Device, *, enough: Any, **_: Any) -> cost.CostModel:
+        assert enough() == pytest.approx(scout.TIMES_SHARE / 2)  # the very one of this format
+        return plain(shapes, precision, format)
+
+    monkeypatch.setattr(cost, "measure", measure)
+    scout.layer_times(job, (), ("onnx", "openvino"), share)
+    assert shares == [scout.TIMES_SHARE / 2] * 2
+    assert scout.TIMES_SHARE < scout.SCAN_SHARE
+
+
+def test_a_format_that_takes_no_single_layers_borrows_their_times_and_whole_files_correct_them(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(shapes: Any, precision: Any, format: str, device: Device, **_: Any) -> cost.CostModel:
+        if format != "onnx":
+            raise RefusedFormat(f"{format} runs no layer of this network alone.")
+        return plain(shapes, precision, format)
+
+    monkeypatch.setattr(cost, "measure", measure)
+    found = scout.scout(job, ("litert", "onnx"), bits=False)
+    whole, recipe = tuple(found.shapes.values()), Recipe((Step("quantize"),), Precision("int8", "int8"), "litert")
+    assert cost.predict(found.times["litert"], whole) == cost.predict(found.times["onnx"], whole)
+    errors = []
+    for format in ("litert", "onnx"):
+        seen = dataclasses.replace(trial(dataclasses.replace(recipe, format=format), ms=60.0), network=whole)
+        held = scout.costs(found, format, [seen], job)
+        assert held.layer_ms is not None
+        errors.append(1 - (held.other_ms + sum(map(held.layer_ms, whole))) / 60.0)
+    assert abs(errors[0]) < 0.05  # one file decides where the times are borrowed
+    assert errors[1] > 0.3
+    with pytest.raises(RefusedFormat):
+        scout.layer_times(job, whole, ("litert",))
 
 
 def test_bits_stop_in_the_middle_and_keep_what_there_is(job: Job) -> None:
@@ -198,10 +245,10 @@ def test_costs_hold_what_files_take_beside_their_layers_and_ends_keep_their_bits
         for n in found.shapes
         for w, d in (("int8", 0.1), ("int4", 0.4))
     ]
-    found = dataclasses.replace(found, bits=tuple(rows))
+    found = dataclasses.replace(found, bits=tuple(rows), ends=("fc",))
     weights = sum(layer_bytes(s, 8) for s in found.shapes.values())
     recipe = Recipe((Step("quantize"),), Precision("int8", "int8"))
-    got = scout.costs(found, "onnx", [trial(recipe, size=int(weights) + 5000)], job, ends=("fc",))
+    got = scout.costs(found, "onnx", [trial(recipe, size=int(weights) + 5000)], job)
     assert got.other_bytes == pytest.approx(5000, abs=1)
     assert "fc" not in got.bits
     assert set(got.bits) == set(found.shapes) - {"fc"}

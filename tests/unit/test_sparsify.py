@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import gzip
 import math
+import re
+import time
 from typing import Any
 
 import numpy as np
@@ -266,6 +268,17 @@ def test_a_network_without_labels_recovers_from_its_teacher_alone(job: Job) -> N
     assert all(torch.isfinite(v).all() for v in done.state_dict().values() if v.is_floating_point())
 
 
+def test_all_rounds_together_keep_to_the_time(job: Job) -> None:
+    said: list[str] = []
+    began = time.monotonic()
+    step = Step(ratio=0.5, rounds=2, epochs=1e5, seconds=2.0)
+    step.apply(copy.deepcopy(job.original), dataclasses.replace(job, say=said.append))
+    assert time.monotonic() - began < 2.0 + 3.0
+    trained = [re.fullmatch(r"trained ([\d.]+) epochs in 1 s", line) for line in said if line.startswith("trained")]
+    assert len(trained) == 2
+    assert all(found and float(found[1]) > 0 for found in trained)
+
+
 # --- bad input ----------------------------------------------------------------------------------------
 
 
@@ -281,7 +294,9 @@ def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
         Step(pattern=pattern)
 
 
-@pytest.mark.parametrize("bad", [{"scope": "layer"}, {"rounds": 0}, {"epochs": -1.0}, {"lr": 0.0}, {"distill": 2.0}])
+@pytest.mark.parametrize(
+    "bad", [{"scope": "layer"}, {"rounds": 0}, {"epochs": -1.0}, {"seconds": -1.0}, {"lr": 0.0}, {"distill": 2.0}]
+)
 def test_a_bad_setting_is_named(bad: dict[str, Any]) -> None:
     with pytest.raises(BadConfig, match=next(iter(bad))):
         Step(**bad)

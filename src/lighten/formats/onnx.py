@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ REQUIRES = ("onnx", "onnxscript")
 RUNS_ON = ("onnxruntime",)
 EXTRA = "onnx"
 SUFFIX = ".onnx"
+BATCH = "any"
 DTYPES = {
     1: "float32",
     2: "uint8",
@@ -35,6 +37,18 @@ def refuses(precision: Precision, device: Device) -> str | None:
     from lighten.kit.precisions import impossible
 
     return impossible(precision)
+
+
+def lacks(operators: Mapping[str, int], shape: tuple[int, ...]) -> str | None:
+    """Why a network of these ATen operators cannot be written, or None."""
+    from lighten.kit.operators import lacks_onnx
+
+    return lacks_onnx(operators)
+
+
+def not_here() -> str | None:
+    """Why the runtime cannot run on this machine, or None: it runs everywhere."""
+    return None
 
 
 def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
@@ -119,3 +133,25 @@ def weights(path: Path) -> tuple[Weight, ...]:
             Weight(init.name, DTYPES.get(init.data_type, str(init.data_type)), tuple(array.shape), stored, zeros)
         )
     return tuple(rows)
+
+
+def fallbacks(path: Path) -> tuple[str, ...]:
+    """What ONNX Runtime runs in float in an integer file, read off the graph that it made of the file.
+
+    Needs the `onnx` package.
+    """
+    import onnx
+    import onnxruntime as ort
+
+    from lighten.kit.onnx_reading import float_work, is_integer
+
+    if not is_integer(onnx.load(str(path), load_external_data=False)):
+        return ()
+    with tempfile.TemporaryDirectory() as room:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(Path(room) / "optimized.onnx")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        counted = float_work(onnx.load(options.optimized_model_filepath))
+    return tuple(f"{n} x {kind} in float32" for kind, n in counted.items())

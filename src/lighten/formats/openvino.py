@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ REQUIRES = ("openvino", "onnx", "onnxscript")
 RUNS_ON = ("openvino",)
 EXTRA = "openvino"
 SUFFIX = ".xml"
+BATCH = "any"
 DTYPES = {
     "f32": "float32",
     "f16": "float16",
@@ -40,6 +42,18 @@ def refuses(precision: Precision, device: Device) -> str | None:
     if is_dynamic(precision):
         return "OpenVINO computes dynamically quantized convolutions in float: no gain over weight-only"
     return impossible(precision)
+
+
+def lacks(operators: Mapping[str, int], shape: tuple[int, ...]) -> str | None:
+    """Why a network of these ATen operators cannot be written, or None: it goes by way of ONNX."""
+    from lighten.kit.operators import lacks_onnx
+
+    return lacks_onnx(operators)
+
+
+def not_here() -> str | None:
+    """Why the runtime cannot run on this machine, or None."""
+    return None
 
 
 def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
@@ -204,3 +218,27 @@ def _unpacked(raw: np.ndarray, count: int) -> np.ndarray:
     """The bit patterns of `count` 4-bit integers that are stored two a byte."""
     both: np.ndarray = raw.view(np.uint8).reshape(-1)
     return np.stack([both & 15, both >> 4], 1).reshape(-1)[:count]
+
+
+WORK = ("Convolution", "FullyConnected", "MatMul", "Eltwise", "Pooling", "Deconvolution", "Softmax", "MVN", "Reduce")
+"""Layers of OpenVINO's compiled graph that compute; the others move or convert."""
+
+
+def fallbacks(path: Path) -> tuple[str, ...]:
+    """What the CPU plugin runs in float in an integer file, as its compiled graph says."""
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(str(path))
+    if not any(op.get_type_name() == "FakeQuantize" or _is_integer(op) for op in model.get_ordered_ops()):
+        return ()
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    rows = [(str(i["layerType"].value), str(i["runtimePrecision"].value)) for i in infos]
+    counted = Counter(kind for kind, precision in rows if kind in WORK and precision in ("f32", "f16", "bf16"))
+    return tuple(f"{n} x {kind} in float32" for kind, n in counted.items())
+
+
+def _is_integer(op: Any) -> bool:
+    kind = op.get_element_type().get_type_name() if op.get_output_size() else ""
+    return op.get_type_name() == "Constant" and kind in ("i8", "u8", "i4", "u4") and len(op.get_output_shape(0)) > 1

@@ -27,6 +27,7 @@ class Step:
     channel_multiple), rounded up for energy, down for ratio. Left alone: grouped convolutions; layers in `keep`, or inside
     them; what the task protects, unless `ends`: few outputs hold no spare direction (ResNet-18 on CIFAR-10 at ratio 0.5: 8
     directions for its 10 answers save 944 weights and cost 4 points), while a classifier of many classes may.
+    `epochs` of training follow, for at most `seconds` of wall-clock time (0: no limit).
     """
 
     energy: float = 0.95
@@ -36,6 +37,7 @@ class Step:
     keep: tuple[str, ...] = ()
     ends: bool = False
     epochs: float = 0.0
+    seconds: float = 0.0
     lr: float = 0.02
     distill: float = 0.9
     images: int = 256
@@ -46,7 +48,7 @@ class Step:
             f"ratio is {self.ratio}; it must be 0 (by energy) or more and under 1": 0 <= self.ratio < 1,
             "round_to must be a whole number, 0 (the device's) or more": _whole(self.round_to, 0),
             "images must be a whole number, 1 or more": _whole(self.images, 1),
-            "epochs must be 0 or more": 0 <= self.epochs < math.inf,
+            "epochs and seconds must be 0 or more": 0 <= self.epochs < math.inf and 0 <= self.seconds < math.inf,
             "lr must be above 0 and at most 10": 0 < self.lr <= 10,
             "distill must be between 0 and 1": 0 <= self.distill <= 1,
         }
@@ -112,7 +114,7 @@ class Step:
             model = recover(
                 model.requires_grad_(True),
                 teacher if self.distill else None,
-                Recovery(epochs=self.epochs, lr=self.lr, distill=self.distill),
+                Recovery(self.epochs, self.seconds or None, lr=self.lr, distill=self.distill),
                 job,
                 task=get("tasks", job.task),
                 checkpoint=checkpoint_file(job, "low_rank", self, model),

@@ -26,7 +26,8 @@ class Step:
     `ratio` is the share of zeros: of all layers together (`scope` "global", one threshold) or of each (`"local"`). With
     `pattern` "2:4" (generally N:M) N of M consecutive inputs are kept instead and `ratio` is not used. `rounds` reach it by
     the cubic schedule of Zhu & Gupta (2017, eq. 1); each is followed by an equal part of `epochs`, in which zeros stay
-    zeros. Without epochs the rounds change nothing. `images` re-estimate the batch norms.
+    zeros. Without epochs the rounds change nothing. `seconds` limits the wall-clock time of all training together, 0 does
+    not: each round has an equal part of it. `images` re-estimate the batch norms.
 
     Left alone: layers in `keep` (or inside them); what the task protects, because every answer hangs on those few weights;
     depthwise convolutions, which hold a few percent of the weights and have one small kernel a channel, so that no other
@@ -38,6 +39,7 @@ class Step:
     pattern: str = UNSTRUCTURED
     rounds: int = 1
     epochs: float = 0.0
+    seconds: float = 0.0
     lr: float = 0.02
     distill: float = 0.9
     keep: tuple[str, ...] = ()
@@ -51,7 +53,7 @@ class Step:
             == UNSTRUCTURED
             or _n_of_m(self.pattern) is not None,
             "rounds and images must be whole numbers, 1 or more": _whole(self.rounds) and _whole(self.images),
-            "epochs must be 0 or more": 0 <= self.epochs < math.inf,
+            "epochs and seconds must be 0 or more": 0 <= self.epochs < math.inf and 0 <= self.seconds < math.inf,
             "lr must be above 0 and at most 10": 0 < self.lr <= 10,
             "distill must be between 0 and 1": 0 <= self.distill <= 1,
         }
@@ -134,7 +136,7 @@ class Step:
         return recover(
             model.requires_grad_(True),
             teacher if self.distill else None,
-            Recovery(epochs=self.epochs / self.rounds, lr=self.lr, distill=self.distill),
+            Recovery(self.epochs / self.rounds, self.seconds / self.rounds or None, lr=self.lr, distill=self.distill),
             job,
             task=get("tasks", job.task),
             checkpoint=checkpoint_file(job, f"sparsify-{done}", self, model),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lighten.search.widths import Costs, Limits, Plan, even, fitted, predict
-from lighten.types import Budget, Evidence, Predicted, Recipe, Step, Trial
+from lighten.types import Budget, Evidence, Precision, Predicted, Recipe, Step, Trial
 
 ROOM, TIME_ROOM = 0.97, 0.9
 """Shares of the limits that are planned for, of time the product: what is predicted is not what is measured, and a time
@@ -24,6 +25,11 @@ AGAIN = 2
 TIGHTER, MOST_TIGHTER = 0.95, 20
 """How limits are tightened that the unchanged network is wrongly expected to keep, and how often."""
 LEAST_TRAINING_S = 5.0
+MOST_EXTRA, EXTRA_SHARE = 3, 0.05
+"""How many formats get a file of a probe's network that was made for another one, and the share of the time left for
+training that these files may take: so that no format's times are held to unchanged networks alone."""
+SACRIFICE = 1.0
+"""Points of top-1 by which a probe that keeps the limits in every format that was asked for may lie behind the best."""
 PROBE_LR, LONG_LR = 0.02, 0.05
 """Peaks of the learning rate: a short training must not leave what is there, a long one may go further."""
 NARROW = "channel_prune"
@@ -32,7 +38,9 @@ NARROW = "channel_prune"
 @dataclass(frozen=True)
 class Means:
     """What narrowing may use: costs for each format (planned for its own runtime), the ends that keep 8 bits, and
-    how much of the time is left. `tail_s` is what has to happen after the last training, `probe_s` one probe's own."""
+    how much of the time is left. `tail_s` is what has to happen after the last training, `file_s` what of it one file
+    takes by its format. `asked` are the formats that the user named: the limits are to be kept in each of them, where
+    nobody named any in one."""
 
     costs: dict[str, Costs]
     formats: tuple[str, ...]
@@ -41,6 +49,8 @@ class Means:
     ends: tuple[str, ...] = ()
     left_s: float | None = None
     tail_s: float = 0.0
+    file_s: Mapping[str, float] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
 
 
 def goal(budget: Budget, base: Evidence, room: float = ROOM, time_room: float = TIME_ROOM) -> Limits:
@@ -67,30 +77,100 @@ def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
     Probes are short trials of whole recipes (prune, train a little, quantize, measure the file), so that size and time
     are known before the long training, which only the best of them gets (one round of successive halving; Jamieson &
     Talwalkar, 2016). Where every probe broke a limit, widths are planned anew for limits tightened by what was missed.
+    Before the long training the best probe's network is written in the other formats too (`extra_files`), and where one
+    that was asked for breaks a limit with it, widths are planned anew for that one, once.
     """
     probes = [t for t in done if is_probe(t.recipe)]
     long = [t for t in done if training_of(t.recipe) and not is_probe(t.recipe)]
     if long:
         return _again(means, long)
     if not probes:
-        return tuple(_probe(means, plan) for plan in candidates(means, 1.0))
+        return _probes(means, 1.0, _fastest(means))
     inside = [t for t in probes if t.evidence and not _cost_misses(means, t.evidence)]
     if inside:
-        best = max(inside, key=lambda t: _evidence(t).metric.value)
-        return _long(means, best.recipe)
+        return extra_files(means, _best(inside), probes) or _decided(means, inside, probes)
     measured = [t for t in probes if t.evidence]
     if not measured or len(probes) > PLANS * REPLANS:
         return ()
-    tighter = min(_tightened(means, t) for t in measured[-PLANS:])
-    return tuple(_probe(means, plan) for plan in candidates(means, tighter))
+    return _probes(means, min(_tightened(means, t) for t in measured[-PLANS:]), _fastest(means))
 
 
-def candidates(means: Means, tighten: float) -> list[Plan]:
+def extra_files(means: Means, best: Trial, probes: Sequence[Trial]) -> tuple[Recipe, ...]:
+    """`best`'s network in formats that hold none of a probe yet, so that what is predicted of them was learnt there.
+
+    Each costs an export and its measuring: the training is there already. Formats that were asked for come first, then
+    the fastest; few, once, and none that would take more than EXTRA_SHARE of the time for training.
+    """
+
+    def order(recipe: Recipe) -> tuple[bool, float]:
+        return recipe.format not in means.asked, expected(means, recipe).latency_ms or 0.0
+
+    if _has_extra(probes):
+        return ()
+    known = {t.recipe.format for t in probes}
+    rest = [dataclasses.replace(best.recipe, format=f) for f in means.formats if f not in known]
+    chosen, left_s = list[Recipe](), EXTRA_SHARE * ((means.left_s or 0.0) - means.tail_s)
+    for recipe in sorted(rest, key=order)[:MOST_EXTRA]:
+        seconds = means.file_s.get(recipe.format, math.inf)
+        if means.left_s is None or seconds <= left_s:
+            chosen.append(recipe)
+            left_s -= seconds
+    return tuple(chosen)
+
+
+def _has_extra(probes: Sequence[Trial]) -> bool:
+    """Whether a network was written in more than one format."""
+    return len({plan_of(t.recipe) for t in probes}) < len(probes)
+
+
+def _decided(means: Means, inside: Sequence[Trial], probes: Sequence[Trial]) -> tuple[Recipe, ...]:
+    """The long training of the best probe that is inside the limits in every format asked for, unless one that is
+    inside in some format only is far better; or first, once, probes that are planned for the format that breaks them."""
+    best = _best(inside)
+    near = [t for t in inside if _evidence(best).metric.value - _evidence(t).metric.value <= SACRIFICE]
+    everywhere = [t for t in near if not _broken(means, t.recipe, probes)]
+    known = [plan_of(t.recipe) for t in probes]
+    if not everywhere and known[-1] in known[:-1]:
+        worst = max(_broken(means, best.recipe, probes), key=lambda f: _excess(means, best.recipe, f))
+        if again := tuple(r for r in _probes(means, 1.0, worst) if plan_of(r) not in known):
+            return again
+    return _long(means, _best(everywhere or inside).recipe)
+
+
+def _broken(means: Means, recipe: Recipe, probes: Sequence[Trial]) -> list[str]:
+    """The formats asked for in which a probe's network breaks a limit: by its own file, else by what is expected once
+    any probe was measured there."""
+    rows = []
+    for f in means.asked:
+        there = [t for t in probes if t.recipe.format == f and t.evidence]
+        own = [_evidence(t) for t in there if plan_of(t.recipe) == plan_of(recipe)]
+        if any(_cost_misses(means, e) for e in own) or (there and not own and _excess(means, recipe, f) > 0):
+            rows.append(f)
+    return rows
+
+
+def _excess(means: Means, recipe: Recipe, format: str) -> float:
+    """By how much a recipe's network is expected to overrun the limits in a format."""
+    limits = goal(means.budget, _evidence(means.baseline), 1.0, 1.0)
+    return limits.excess(expected(means, dataclasses.replace(recipe, format=format)))
+
+
+def plan_of(recipe: Recipe) -> tuple[tuple[tuple[str, int], ...], Precision]:
+    """Its widths and bits, however long it trains and whatever its format."""
+    return widths_of(recipe), recipe.precision
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """The most accurate."""
+    return max(trials, key=lambda t: _evidence(t).metric.value)
+
+
+def candidates(means: Means, tighten: float, format: str) -> list[Plan]:
     """By the measured damages, and evenly (the control that tells whether measuring was worth it).
 
     A file that is expected to be inside the limits as it is was measured outside: they are tightened until it is not.
     """
-    costs = means.costs[_fastest(means)]
+    costs = means.costs[format]
     for room in (ROOM * tighten * TIGHTER**k for k in range(MOST_TIGHTER)):
         limits = goal(means.budget, _evidence(means.baseline), room)
         found = [p for p in (fitted(costs, limits), even(costs, limits)) if p is not None]
@@ -113,13 +193,17 @@ def _fastest(means: Means) -> str:
 # --- recipes --------------------------------------------------------------------------------------
 
 
-def _probe(means: Means, plan: Plan) -> Recipe:
-    """A short trial in the fastest format."""
+def _probes(means: Means, tighten: float, format: str) -> tuple[Recipe, ...]:
+    """A short trial of each candidate in the format that it is planned for."""
     seconds = 0.0 if means.left_s is None else max(LEAST_TRAINING_S, PROBE_SHARE * means.left_s)
     training = Step("distill", _pairs(epochs=PROBE_EPOCHS, lr=PROBE_LR, seconds=round(seconds, 1)))
-    # Fewer bits alone may do; the step without widths would choose some by a ratio.
-    narrow = (Step(NARROW, _pairs(widths=plan.widths)),) if plan.widths else ()
-    return Recipe((*narrow, training, Step("quantize")), plan.precision(means.ends), _fastest(means))
+
+    def probe(plan: Plan) -> Recipe:
+        # Fewer bits alone may do; the step without widths would choose some by a ratio.
+        narrow = (Step(NARROW, _pairs(widths=plan.widths)),) if plan.widths else ()
+        return Recipe((*narrow, training, Step("quantize")), plan.precision(means.ends), format)
+
+    return tuple(map(probe, candidates(means, tighten, format)))
 
 
 def _long(means: Means, probe: Recipe, epochs: float = EPOCHS) -> tuple[Recipe, ...]:

@@ -1,0 +1,350 @@
+"""`lighten export`: the plan of a finished run in other formats, each file proven in its own runtime.
+
+A format is written in a process of its own, and run in another one: a tool that crashes is one failed row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lighten import workshop
+from lighten.bench import Timing
+from lighten.data.cache import sha256_file, whole_folder, write_whole
+from lighten.errors import BadBundle, BadConfig, LightenError
+from lighten.plugins import get, missing_backends
+from lighten.types import (
+    Artifact,
+    Data,
+    Device,
+    Evidence,
+    Job,
+    Precision,
+    Progress,
+    Recipe,
+    Result,
+    from_json,
+    silent,
+    to_json,
+)
+
+FOLDER, RECORD = "exports", "exports.json"
+PLAN = "plan"
+SAME = {"float32": 99.9, "float16": 99.5}
+SAME_INTEGER = 99.5
+"""Percent of the images that a file must answer like the program it was written from."""
+WRITING_S = 1800.0
+TIMING = Timing()
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file to be made: a format, a precision, and the program that it is written from."""
+
+    format: str
+    precision: Precision
+    program: Path
+
+    @property
+    def name(self) -> str:
+        """The folder of the file, e.g. "onnx-int8"."""
+        words = (self.precision.weights, *({"float32": ["weights"], "dynamic": ["dynamic"]}.get(self._inputs, [])))
+        return "-".join((self.format, *words, *(["mixed"] if self.precision.exceptions else [])))
+
+    @property
+    def _inputs(self) -> str:
+        return self.precision.activations if self.precision.quantized else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one file. `status` is PASS, FAIL, "not run here", "refused", "missing" or "failed"; `reason` says why.
+
+    `evidence` is None where the file was not run; `original_mb` is the original's float32 ONNX file.
+    """
+
+    format: str
+    precision: Precision
+    status: str
+    reason: str = ""
+    path: str = ""
+    bytes: int = 0
+    original_bytes: int = 0
+    fallbacks: tuple[str, ...] = ()
+    evidence: Evidence | None = None
+    seconds: float = 0.0
+
+
+def export(
+    run: Path,
+    formats: Sequence[str],
+    precisions: Sequence[str] = (),
+    *,
+    data: Any = None,
+    images: int = 1000,
+    device: Device | None = None,
+    timing: Timing = TIMING,
+    progress: Progress = silent,
+    log: Log = lambda line: None,
+) -> tuple[Row, ...]:
+    """Write the winner of the finished run in folder `run` in every one of `formats` at every one of `precisions`
+    ("float32", "float16", "plan": what the run decided; default all three) under `run`/exports, and measure each file.
+
+    `data` is what the run was given (default: the built-in set of that name); `images` of its report split are used.
+    The record, exports.json, keeps rows of earlier calls. Raises BadBundle where the run is not finished or was made
+    by an older version, UnknownName, BadConfig.
+    """
+    from lighten.report import read_result
+
+    result = read_result(run)
+    todo = wanted(result, run, formats, precisions)
+    job, reference = job_of(result, run, data, images, device or result.device, progress)
+    rows: list[Row] = []
+    for one in groups(todo):
+        for row in made(one, result, run, job, reference, timing, log):
+            log(line_of(row))
+            rows.append(row)
+            _record(run / FOLDER / RECORD, row)
+    return tuple(rows)
+
+
+def wanted(result: Result, run: Path, formats: Sequence[str], precisions: Sequence[str]) -> tuple[Wanted, ...]:
+    """Every file that was asked for, format by format. Raises UnknownName, BadConfig, BadBundle."""
+    for format in formats:
+        get("formats", format)
+    known = {p.title: p for p in (Precision(), Precision("float16", "float16"))}
+    plan = planned(result)
+    for name in precisions:
+        if name not in (*known, PLAN) and (plan is None or name != plan.precision.weights):
+            raise BadConfig(f"The run has no plan at precision {name!r}.", f"Known: {', '.join((*known, PLAN))}.")
+    chosen: dict[Precision, Recipe] = {}
+    for name in precisions or (*known, PLAN):
+        if name in known:
+            chosen[known[name]] = Recipe(result.winning.recipe.steps, known[name])
+        elif plan is not None:
+            chosen[plan.precision] = plan
+    files = {p: workshop.program_of(r, run / "artifacts") for p, r in chosen.items()}
+    if missing := [p.title for p, f in files.items() if not f.exists()]:
+        raise BadBundle(
+            f"{run} keeps no program for {', '.join(missing)}: it was made by an older lighten, or cleaned.",
+            "Run the same `lighten compress` again with --fresh.",
+        )
+    return tuple(Wanted(f, p, files[p]) for f in dict.fromkeys(formats) for p in chosen)
+
+
+def planned(result: Result) -> Recipe | None:
+    """The quantized recipe that is exported as "plan": the winner's, or the most accurate int8 one of its steps."""
+    if result.winning.recipe.precision.quantized:
+        return result.winning.recipe
+    tried = [t for t in result.trials if t.evidence and t.recipe.precision.weights == "int8"]
+    best = max(tried, key=lambda t: t.evidence.metric.value if t.evidence else 0.0, default=None)
+    return best.recipe if best else None
+
+
+def groups(todo: Sequence[Wanted]) -> Iterator[tuple[Wanted, ...]]:
+    """The files of one format together: its tools are loaded once."""
+    for format in dict.fromkeys(w.format for w in todo):
+        yield tuple(w for w in todo if w.format == format)
+
+
+def job_of(
+    result: Result, run: Path, data: Any, images: int, device: Device, progress: Progress
+) -> tuple[Job, workshop.Reference]:
+    """Data and the original's answers. Raises what `lighten.data.load` raises, BadConfig where classes differ."""
+    from lighten.data import load
+    from lighten.quant import program
+
+    loaded: Data = load(result.data if data is None else data, progress=progress)
+    if loaded.classes != result.classes:
+        raise BadConfig(
+            f"The data has other classes than the run: {', '.join(loaded.classes[:5])}...", "Give the run's own --data."
+        )
+    split = loaded.report.take(images).prepare(result.preprocess, progress, "report")
+    loaded = dataclasses.replace(loaded, select=split)
+    original = program.read(workshop.program_of(Recipe(), run / "artifacts"))
+    job = Job(loaded, result.task, device, result.preprocess, original, progress=progress)
+    outputs = workshop.torch_outputs(original, job, split)
+    return job, workshop.Reference(split, outputs, result.baseline.artifact)
+
+
+def made(
+    group: Sequence[Wanted],
+    result: Result,
+    run: Path,
+    job: Job,
+    reference: workshop.Reference,
+    timing: Timing,
+    log: Log,
+) -> Iterator[Row]:
+    """The rows of one format."""
+    from lighten.quant import program
+
+    name, format = group[0].format, get("formats", group[0].format)
+    base = result.baseline.evidence.size.bytes if result.baseline.evidence else 0
+    if missing := missing_backends(format):
+        reason = f"needs {', '.join(missing)}: pip install 'lighten[{format.EXTRA}]'"
+        yield from (Row(name, w.precision, "missing", reason, original_bytes=base) for w in group)
+        return
+    folder = run / FOLDER
+    for one, reply in written(group, workshop.input_shape(job), job.device, folder):
+        row = Row(name, one.precision, reply["status"], reply["reason"], original_bytes=base, seconds=reply["seconds"])
+        if row.status:
+            yield row
+            continue
+        artifact = from_json(Artifact, reply["artifact"])
+        path = folder / one.name / artifact.path
+        size = sum(f.stat().st_size for f in workshop.files_of(path, artifact))
+        row = dataclasses.replace(row, path=str(path.relative_to(run)), bytes=size, fallbacks=tuple(reply["fallbacks"]))
+        if reply["not_here"]:
+            yield dataclasses.replace(row, status="not run here", reason=reply["not_here"])
+            continue
+        built = workshop.Built(
+            dataclasses.replace(artifact, path=str(path.relative_to(run))), program.read(one.program), (), row.seconds
+        )
+        yield judged(row, built, job, reference, run, timing)
+
+
+def judged(row: Row, built: workshop.Built, job: Job, reference: workshop.Reference, run: Path, timing: Timing) -> Row:
+    """The row with what was measured on the file."""
+    try:
+        evidence = workshop.examine(built, job, reference, run / "artifacts", timing)
+    except LightenError as e:
+        return dataclasses.replace(row, status="failed", reason=e.what)
+    limit = SAME.get(row.precision.weights, SAME_INTEGER)
+    same = evidence.fidelity.same_top1
+    if same >= limit:
+        return dataclasses.replace(row, status="PASS", evidence=evidence)
+    reason = f"answers like the program on {same:.1f} % of {evidence.fidelity.n} images, not {limit:g} %"
+    return dataclasses.replace(row, status="FAIL", reason=reason, evidence=evidence)
+
+
+# --- the process that writes ------------------------------------------------------------------------------
+
+
+def written(
+    group: Sequence[Wanted], shape: tuple[int, ...], device: Device, folder: Path
+) -> Iterator[tuple[Wanted, dict[str, Any]]]:
+    """Every file of the group with what its writer said; where the writer dies, the next file gets a new one."""
+    left = list(group)
+    while left:
+        replies, why = _child(left, shape, device, folder)
+        yield from zip(left, replies)
+        left = left[len(replies) :]
+        if left:
+            yield left.pop(0), _reply("failed", f"the writer {why}")
+
+
+def _child(
+    group: Sequence[Wanted], shape: tuple[int, ...], device: Device, folder: Path
+) -> tuple[list[dict[str, Any]], str]:
+    """What a writer said before it ended, and how it ended."""
+    with tempfile.TemporaryDirectory(prefix="lighten-") as room:
+        request = {
+            "shape": list(shape),
+            "device": to_json(device),
+            "folder": str(folder.resolve()),
+            "wanted": [[w.format, to_json(w.precision), str(w.program.resolve())] for w in group],
+        }
+        write_whole(Path(room) / "request.json", json.dumps(request))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "lighten.exports", room], capture_output=True, text=True, timeout=WRITING_S
+            )
+            dead = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+            why = f"died ({dead}): {' '.join(done.stderr.strip().splitlines()[-2:])[-300:]}"
+        except subprocess.TimeoutExpired:
+            why = f"took longer than {WRITING_S:.0f} s"
+        replies = Path(room) / "replies.jsonl"
+        lines = replies.read_text().splitlines() if replies.exists() else []
+        return [json.loads(line) for line in lines], why
+
+
+def _reply(status: str = "", reason: str = "", **more: Any) -> dict[str, Any]:
+    """A line of the writer; an empty status: the file is there."""
+    return {"status": status, "reason": reason, "seconds": 0.0, "fallbacks": [], "not_here": None, **more}
+
+
+def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> dict[str, Any]:
+    """Make one file in `folder`/NAME, whole or not at all, and say what it is; what cannot be is a status and a reason."""
+    from lighten.kit.operators import of_graph
+    from lighten.quant import program
+
+    began, format = time.perf_counter(), get("formats", one.format)
+    try:
+        if reason := format.refuses(one.precision, device):
+            return _reply("refused", reason)
+        module = program.read(one.program)
+        if reason := format.lacks(of_graph(module), shape):
+            return _reply("refused", reason)
+        with whole_folder(folder / one.name) as room:
+            file = room / f"model{format.SUFFIX}"
+            file.parent.mkdir(exist_ok=True)
+            companions = format.export(module, shape, file, one.precision, device)
+            names = tuple(str(c.relative_to(file.parent)) for c in companions)
+            artifact = Artifact(str(file.relative_to(room)), one.format, sha256_file(file), names)
+            problems = format.check(file, module, shape) if format.not_here() and hasattr(format, "check") else ()
+    except LightenError as e:
+        return _reply("failed", e.what)
+    except Exception as e:  # noqa: BLE001 - a tool's own exceptions are one failed row
+        return _reply("failed", f"{type(e).__name__}: {str(e)[:300]}")
+    if problems:
+        return _reply("failed", problems[0])
+    path = folder / one.name / artifact.path
+    return _reply(
+        artifact=to_json(artifact),
+        seconds=time.perf_counter() - began,
+        fallbacks=list(format.fallbacks(path)),
+        not_here=format.not_here(),
+    )
+
+
+def _main(room: Path) -> None:
+    """The writer: one line for each file, as soon as it is there."""
+    request = json.loads((room / "request.json").read_text())
+    device, folder = from_json(Device, request["device"]), Path(request["folder"])
+    for format, precision, program in request["wanted"]:
+        one = Wanted(format, from_json(Precision, precision), Path(program))
+        reply = write(one, tuple(request["shape"]), device, folder)
+        with (room / "replies.jsonl").open("a") as out:
+            out.write(json.dumps(reply) + "\n")
+
+
+# --- the record -------------------------------------------------------------------------------------------
+
+
+def line_of(row: Row) -> str:
+    """One row in one line."""
+    what = f"{row.format} {row.precision.title}"
+    if row.evidence is None:
+        return f"{what}: {row.status}{': ' if row.reason else ''}{row.reason}"
+    e = row.evidence
+    return (
+        f"{what}: {row.status}, {row.bytes / 1e6:.2f} MB, same answer {e.fidelity.same_top1:.1f} %, top-1 {e.metric} %, "
+        f"{e.p50(1):.2f} ms, {e.memory_mb:.0f} MB of memory{'; ' if row.reason else ''}{row.reason}"
+    )
+
+
+def read_record(run: Path) -> tuple[Row, ...]:
+    """The rows that were exported from a run, () before the first."""
+    file = run / FOLDER / RECORD
+    return tuple(from_json(Row, r) for r in json.loads(file.read_text())) if file.exists() else ()
+
+
+def _record(file: Path, row: Row) -> None:
+    rows = {(r.format, r.precision): r for r in read_record(file.parent.parent)} | {(row.format, row.precision): row}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(to_json(tuple(rows.values())), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
