@@ -15,7 +15,7 @@ HOUSE = Path(__file__).parents[1] / "src" / "lighten"
 
 BASE = {"types", "errors", "plain"}
 """`plain` is the half of the nouns that turns them into JSON; it and types are the standard library only."""
-TOP = {"cli", "report", "serve", "terminal", "doctor", "frontdesk", "walk", "runner", "runs", "compress"}
+TOP = {"cli", "report", "serve", "terminal", "doctor", "frontdesk", "walk", "runner", "runs", "compress", "emulate", "remote", "exports"}
 ROOMS = {
     "workshop",
     "worker",
@@ -58,8 +58,8 @@ MAY = {
     "advice": {"types"},
     "ledger": {*BASE, "data"},
     "bench": {*BASE, "data", "machine", "plugins"},
-    "bundle": {*BASE, "data", "bench"},
-    "workshop": {*BASE, "data", "kit", "models", "plugins", "bench"},
+    "bundle": {*BASE, "data", "bench", "plugins"},
+    "workshop": {*BASE, "data", "kit", "quant", "models", "plugins", "bench"},
     # Measures on little data what the search then reads.
     "scout": {*BASE, "quant", "kit", "plugins", "cost", "search", "workshop"},
     "worker": {*BASE, "data", "workshop", "bench"},
@@ -70,10 +70,14 @@ MAY = {
     # Times the one-layer files of quant/timing in the format's own runtime.
     "cost": {*BASE, "quant", "data", "machine", "plugins"},
     "runner": {*BASE, "data", "machine", "plugins", "bench", "bundle"},
+    "emulate": {*BASE, "data", "machine", "plugins", "bench", "bundle"},
+    "remote": {*BASE, "data", "plugins", "bundle"},
+    # A finished run, read back by report, in other formats.
+    "exports": {*BASE, "data", "kit", "quant", "plugins", "bench", "bundle", "workshop", "report"},
     "doctor": {*BASE, "devices", "machine", "plugins"},
     "runs": {*BASE, "search", "ledger", "report"},
     # Which trials are short.
-    "terminal": {*BASE, "runs", "search"},
+    "terminal": {*BASE, "runs", "exports", "search"},
     # Which trials are short, and what a plan was expected to damage: pure, and said once.
     "report": {*BASE, "report", "data", "plugins", "search"},
     "serve": {*BASE, "serve", "data", "plugins", "runner", "bundle", "bench", "machine"},

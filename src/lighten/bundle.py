@@ -14,6 +14,7 @@ import numpy as np
 
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle
+from lighten.plugins import get
 from lighten.types import Preprocess, Result, Trial, from_json, to_json
 
 SCHEMA_VERSION = 1
@@ -55,15 +56,16 @@ class Bundle:
             return {k: found[k] for k in ("pixels", "outputs", "atol")}
 
 
-def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndarray) -> Path:
-    """The winner as a bundle in `run_folder`/bundle, whole or not at all.
+def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndarray, into: Path | None = None) -> Path:
+    """The winner as a bundle in `into` (else `run_folder`/bundle), whole or not at all.
 
     `pixels` and `outputs` are images and the winner's own answers to them, in its runtime: the golden vectors.
     """
+    into = into or run_folder / "bundle"
     winner = result.winning
     assert winner.artifact is not None
     source = run_folder / winner.artifact.path
-    with whole_folder(run_folder / "bundle") as room:
+    with whole_folder(into) as room:
         for file in (source, *(source.parent / name for name in winner.artifact.companions)):
             shutil.copyfile(file, room / file.name)
         _write_golden(room, winner, pixels, outputs)
@@ -76,7 +78,7 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
         manifest = describe(result, [int(n) for n in shape])
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(room.iterdir())}
         write_whole(room / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
-    return run_folder / "bundle"
+    return into
 
 
 def _write_golden(room: Path, winner: Trial, pixels: np.ndarray, outputs: np.ndarray) -> None:
@@ -133,10 +135,9 @@ def readme(result: Result) -> str:
     assert winner.evidence is not None
     from lighten.data.preprocess import describe as in_words
 
-    runtime = "openvino" if winner.artifact.format == "openvino" else "onnxruntime"
     values = {
         "file": Path(winner.artifact.path).name,
-        "runtime": runtime,
+        "runtime": " ".join(get("formats", winner.artifact.format).RUNS_ON).replace("_", "-"),
         "ran": winner.evidence.runtime,
         "precision": winner.recipe.precision.title,
         "verdict": result.verdict,

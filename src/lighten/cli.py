@@ -387,12 +387,41 @@ def run(
 def bench(
     bundle: BundleArg,
     out: Annotated[Path | None, typer.Option(help="Also write the readings as JSON.")] = None,
+    ssh: Annotated[str | None, typer.Option(help="Measure on another device: user@host, or user@host:port.")] = None,
+    ssh_option: Annotated[list[str] | None, typer.Option(help="As ssh -o has it, e.g. IdentityFile=KEY.")] = None,
+    python: Annotated[str, typer.Option(help="Python on that device.")] = "python3",
 ) -> None:
-    """Latency, throughput and memory of a bundle on this machine."""
+    """Latency, throughput and memory of a bundle, on this machine or on a device over ssh."""
+    from lighten import remote
     from lighten.runner import bench_bundle
-    from lighten.terminal import pairs
+    from lighten.terminal import pairs, progress_bar, say
 
-    pairs(f"{bundle}", bench_bundle(bundle, out))
+    if ssh is None:
+        pairs(f"{bundle}", bench_bundle(bundle, out))
+        return
+    with progress_bar() as bar:
+        record = remote.bench(bundle, ssh, options=ssh_option or (), python=python, progress=bar, log=say)
+    if out is not None:
+        _write_json(out, record)
+    pairs(f"{bundle} on {ssh}", remote.rows(record))
+
+
+@app.command()
+def check(
+    bundle: BundleArg,
+    on: Annotated[str, typer.Option(help="Emulated core: cortex-a72 (Raspberry Pi 4) or cortex-a76 (Pi 5).")],
+    images: Annotated[int, typer.Option(min=0, help="Images beside the golden ones.")] = 0,
+    source: Annotated[list[Path] | None, typer.Option(help="Where those images are; else made of golden ones.")] = None,
+) -> None:
+    """Whether a bundle loads and answers the same on an emulated ARM core. Proves answers, not speed."""
+    from lighten import emulate
+    from lighten.terminal import console, escape, progress_bar, say
+
+    with progress_bar() as bar:
+        found = emulate.check(bundle, on, images, source=source or (), progress=bar, log=say)
+    for line in found.lines:
+        console.print(escape(line), soft_wrap=True)
+    raise typer.Exit(errors.EXIT_PASS if found.passed else errors.EXIT_BUDGET)
 
 
 @app.command()
@@ -450,6 +479,15 @@ def compare(
     _language(lang)
     found = held_against(find_run(a, out), find_run(b, out))
     _print_json(found) if as_json else print_comparison(found, lang)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    import json
+
+    from lighten.data.cache import write_whole
+    from lighten.types import to_json
+
+    write_whole(path, json.dumps(to_json(value), indent=1))
 
 
 def _print_json(value: Any) -> None:

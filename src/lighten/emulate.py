@@ -27,7 +27,7 @@ from lighten.bundle import Bundle
 from lighten.data.cache import cache_dir, whole_folder, write_whole
 from lighten.data.images import SUFFIXES, open_image
 from lighten.data.preprocess import to_pixels
-from lighten.errors import EXIT_BACKEND, BadBundle, BadConfig, CrashedRuntime, LightenError, RefusedFormat, UnknownName
+from lighten.errors import BadBundle, BadConfig, CrashedRuntime, MissingTool, RefusedFormat, UnknownName
 from lighten.machine import this_machine
 from lighten.plugins import get
 from lighten.types import Progress, silent, to_json
@@ -91,12 +91,6 @@ CORES = {
 }
 TRIED = ("onnx", "litert", "mnn", "ncnn", "openvino")
 """Formats whose runtimes have aarch64 wheels for Linux."""
-
-
-class MissingTool(LightenError):
-    """A program that the emulation needs is not installed."""
-
-    exit_code = EXIT_BACKEND
 
 
 @dataclass(frozen=True)
@@ -555,7 +549,8 @@ def build(core: Core, module: ModuleType, cache: Path, log: Callable[[str], None
             if not folder.exists():
                 jobs[folder] = lambda room, pins=pins: _pip_command(room, python, pins)  # type: ignore[misc]
         if jobs:
-            log(f"building an arm64 userland in {home}, once: about 250 MB")
+            size = "about 250 MB" if system in jobs else "only what is missing"
+            log(f"building an arm64 userland in {home}, once: {size}")
             _build_all(jobs, log)
         root = _root_of(core, system, home)
     return Userland(

@@ -87,3 +87,15 @@ class MissingBackend(LightenError):
 
     def __reduce__(self) -> tuple[type[LightenError], tuple[str, str]]:
         return MissingBackend, self.args_for_copy
+
+
+class MissingTool(LightenError):
+    """A program that the emulation needs is not installed."""
+
+    exit_code = EXIT_BACKEND
+
+
+class BadTarget(LightenError):
+    """A device that cannot be reached, does not let us in, or lacks what a bundle needs."""
+
+    exit_code = EXIT_BACKEND

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lighten import workshop
+from lighten import bundle, workshop
 from lighten.bench import Timing
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle, BadConfig, LightenError
@@ -32,6 +32,7 @@ from lighten.types import (
     Progress,
     Recipe,
     Result,
+    Trial,
     from_json,
     silent,
     to_json,
@@ -164,7 +165,12 @@ def job_of(
     from lighten.data import load
     from lighten.quant import program
 
-    loaded: Data = load(result.data if data is None else data, progress=progress)
+    try:
+        loaded: Data = load(result.data.split(" (")[0] if data is None else data, progress=progress)
+    except LightenError as e:
+        if data is not None:
+            raise
+        raise BadConfig(f"The run's data, {result.data}, is not found by its name.", "Give it again: --data.") from e
     if loaded.classes != result.classes:
         raise BadConfig(
             f"The data has other classes than the run: {', '.join(loaded.classes[:5])}...", "Give the run's own --data."
@@ -211,7 +217,10 @@ def made(
         built = workshop.Built(
             dataclasses.replace(artifact, path=str(path.relative_to(run))), program.read(one.program), (), row.seconds
         )
-        yield judged(row, built, job, reference, run, timing)
+        row = judged(row, built, job, reference, run, timing)
+        if row.status == "PASS":
+            bundled(row, artifact, result, run, job)
+        yield row
 
 
 def judged(row: Row, built: workshop.Built, job: Job, reference: workshop.Reference, run: Path, timing: Timing) -> Row:
@@ -226,6 +235,18 @@ def judged(row: Row, built: workshop.Built, job: Job, reference: workshop.Refere
         return dataclasses.replace(row, status="PASS", evidence=evidence)
     reason = f"answers like the program on {same:.1f} % of {evidence.fidelity.n} images, not {limit:g} %"
     return dataclasses.replace(row, status="FAIL", reason=reason, evidence=evidence)
+
+
+def bundled(row: Row, artifact: Artifact, result: Result, run: Path, job: Job) -> None:
+    """Turn the folder of a file that passed into a bundle: manifest, labels, golden vectors, runner."""
+    assert row.evidence is not None
+    recipe = Recipe(result.winning.recipe.steps, row.precision, row.format)
+    trial = Trial(recipe, dataclasses.replace(artifact, path=row.path), row.evidence)
+    final = dataclasses.replace(result.final, winner=row.evidence.metric, drop=row.evidence.drop)
+    own = dataclasses.replace(result, trials=(trial,), winner=trial.id, final=final, verdict="PASS", misses=())
+    some = job.data.select.take(bundle.GOLDEN_IMAGES)
+    outputs = workshop.final_outputs(trial, run, some, job)
+    bundle.write(own, run, workshop.decoded(some), outputs, (run / row.path).parent)
 
 
 # --- the process that writes ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from lighten.config import read_yaml
 from lighten.errors import BadConfig, LightenError, MissingBackend, UnknownName
 from lighten.search import WAYS
-from lighten.types import Asked, Budget, Device, Precision, Preprocess, Progress, Result, Step, silent
+from lighten.types import Asked, Budget, Device, Preprocess, Progress, Result, Step, silent
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -342,6 +342,8 @@ def load_model(wanted: ModelIn) -> Loaded:
     if wanted.path == "demo":
         module, _ = load(demo.WEIGHTS, "lighten:resnet20", classes=10)
         return Loaded(module, demo.PREPROCESS, (), "lighten:resnet20")
+    if Path(wanted.path).suffix.lower() == ".onnx":
+        return _from_onnx(wanted)
     told = saved.told(Path(wanted.path)) or {}
     arch = wanted.arch or told.get("arch")
     if not arch:
@@ -358,6 +360,25 @@ def load_model(wanted: ModelIn) -> Loaded:
             f"preprocessing is taken from {known.source}: if you trained with another, give --input-size, --mean, --std.",
         )
     return Loaded(module, how, notices, arch)
+
+
+def _from_onnx(wanted: ModelIn) -> Loaded:
+    """A network that comes as an ONNX file: its input size is read off the file, where it is fixed there."""
+    from lighten.models import onnx_in
+
+    if wanted.arch is not None:
+        raise BadConfig("An ONNX file holds its own architecture.", "Leave out --arch.")
+    module, shape = onnx_in.load(Path(wanted.path))
+    given = {k: v for k, v in wanted.preprocess.items() if v is not None}
+    if shape is not None:
+        size = f"{shape[1]}x{shape[2]}"
+        if _size(given.setdefault("input_size", size)) != shape[1:]:
+            raise BadConfig(f"--input-size is {given['input_size']}, {wanted.path} takes {size}.", "Leave it out.")
+        if shape[0] == 1:
+            given.setdefault("channel_order", "GRAY")
+    notice = f"{wanted.path} answers in torch as in ONNX Runtime; how its images were normalized is not in the file"
+    notices = () if {"mean", "std"} <= set(given) else (f"{notice}: check --mean and --std.",)
+    return Loaded(module, preprocess_of(given, None), notices, "")
 
 
 def preprocess_of(given: dict[str, Any], known: Preprocess | None) -> Preprocess | None:
@@ -450,28 +471,36 @@ def inspect_model(wanted: ModelIn, data: str | None, device: str, progress: Prog
         rows["classes"] = str(check_output(model, how.input_shape, None))
     kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
     shown, findings = _inspect_data(data, how, progress) if data else ({}, ())
-    return Inspection(rows, dict(kinds.most_common()), format_matrix(target), shown, (*loaded.notices, *findings))
+    matrix = format_matrix(target, model, how.input_shape if how else None)
+    return Inspection(rows, dict(kinds.most_common()), matrix, shown, (*loaded.notices, *findings))
 
 
-def format_matrix(device: Device) -> dict[str, str]:
-    """For each format: which precisions it gives for the device, or why not."""
+def format_matrix(device: Device, model: Any = None, shape: tuple[int, ...] | None = None) -> dict[str, str]:
+    """For each format: which precisions it gives for the device, or why not; what of the model with inputs of `shape`
+    (C, H, W) it cannot write. Nothing is built."""
+    from lighten.kit.operators import operators
+    from lighten.plugins import names
+
+    found = operators(model, shape) if model is not None and shape else {}
+    return {name: _format_cell(name, device, found, shape or ()) for name in names("formats")}
+
+
+def _format_cell(name: str, device: Device, operators: dict[str, int], shape: tuple[int, ...]) -> str:
     from lighten.methods.quantize import precisions
-    from lighten.plugins import get, missing_backends, names
+    from lighten.plugins import get, missing_backends
 
-    rows = {}
-    for name in names("formats"):
-        module = get("formats", name)
-        if missing := missing_backends(module):
-            rows[name] = f"needs {', '.join(missing)}: pip install 'lighten[{module.EXTRA}]'"
-        elif name not in device.formats:
-            rows[name] = f"not a format of {device.title}"
-        else:
-            rows[name] = ", ".join(_precision_cell(p, module.refuses(p, device)) for p in precisions(device))
-    return rows
-
-
-def _precision_cell(precision: Precision, reason: str | None) -> str:
-    return precision.title if reason is None else f"{precision.title} refused ({reason})"
+    module = get("formats", name)
+    if missing := missing_backends(module):
+        return f"needs {', '.join(missing)}: pip install 'lighten[{module.EXTRA}]'"
+    if name not in (*device.formats, *device.also):
+        return f"not a format of {device.title}"
+    if operators and (reason := module.lacks(operators, shape)):
+        return f"refused: {reason}"
+    reasons = {p.title: module.refuses(p, device) for p in precisions(device)}
+    able = ", ".join(title for title, reason in reasons.items() if reason is None)
+    words = [able or "nothing", *(["batches of one"] if module.BATCH == "one" else [])]
+    words += [f"not {title} ({reason})" for title, reason in reasons.items() if reason is not None]
+    return "; ".join([*words, *([why] if (why := module.not_here()) else [])])
 
 
 def _inspect_data(data: str, how: Preprocess | None, progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lighten import bundle as bundles
 from lighten.bundle import Bundle
-from lighten.errors import EXIT_BACKEND, BadBundle, BadConfig, CrashedRuntime, DiskFull, LightenError
+from lighten.errors import BadBundle, BadConfig, BadTarget, CrashedRuntime, DiskFull, LightenError
 from lighten.plugins import get
 from lighten.types import Latency, Progress, from_json, silent
 
@@ -27,12 +27,6 @@ NO_ROOM, NO_COPY, NO_PYTHON = 91, 92, 93
 """Exit codes of the script that runs on the device; it has no others of its own."""
 SSH_FAILED = 255
 MARK = "LIGHTEN:"
-
-
-class BadTarget(LightenError):
-    """A device that cannot be reached, does not let us in, or lacks what a bundle needs."""
-
-    exit_code = EXIT_BACKEND
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Device:
-    """A target: the formats it takes, in order of preference, and the integer kernels it has."""
+    """A target: the formats it takes, in order of preference, and the integer kernels it has.
+
+    `also` are formats that run there too: `lighten export` writes them, the search does not try them by itself.
+    """
 
     name: str
     title: str
     title_zh: str
     formats: tuple[str, ...]
+    also: tuple[str, ...] = ()
     arch: str = ""
     activations: str = "uint8"
     symmetric_activations: bool = False

@@ -210,3 +210,21 @@ def test_a_runtime_that_hangs_is_ended_and_told(model: Path, fake_runtime: Fake)
     with pytest.raises(CrashedRuntime, match="no answer in 4 s"):
         bench.measure(model, "onnx", pixels(2), HOW, timing=None, timeout_s=4)
     assert not Path(f"/proc/{pid.read_text()}").exists()
+
+
+def test_files_in_turns_keep_their_ratio_when_the_machine_slows_down() -> None:
+    """The clock slows threefold half way: single medians move, the ratio of both does not."""
+    now, calls = [0.0], [0]
+
+    def taking(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls[0] += 1
+            now[0] += seconds * (3 if now[0] > 1.5 else 1)
+
+        return run
+
+    got = bench.in_turns_ms(taking(0.01), taking(0.04), Timing(runs=60, seconds=4.0), lambda: now[0])
+    assert got.ratio == pytest.approx(4.0, rel=0.05)
+    assert min(len(got.ms), len(got.original_ms)) >= 15
+    assert max(got.ms) == pytest.approx(30, rel=1e-6)
+    assert now[0] < 3 * 4.0 + 2

@@ -281,8 +281,8 @@ def _row(one: Mapping[str, Any], raw: bytes) -> Weight:
     kind = np.dtype(one["dtype"])
     count = int(np.prod(one["shape"]))
     values = np.frombuffer(raw, kind, len(raw) // kind.itemsize)
-    # Packed floats are filled up with zeros, packed integers with the sums that make up for zero points.
-    values = values if one["packed"] and kind.kind == "f" else values[:count]
+    # Packed weights are filled up with zeros; behind packed integers there may be a sum a channel (of zero points).
+    values = values if one["packed"] else values[:count]
     zeros = max(0.0, 1 - float(np.count_nonzero(values)) / count) if count else 0.0
     return Weight(one["name"], one["dtype"], tuple(one["shape"]), count * kind.itemsize, zeros)
 

@@ -46,13 +46,29 @@ def lacks(operators: Mapping[str, int], shape: tuple[int, ...]) -> str | None:
     from lighten.kit.quiet import quiet
 
     with quiet():
-        import coremltools  # noqa: F401
+        import coremltools  # noqa: F401  # fills the table
         from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
-        from coremltools.converters.mil.frontend.torch.utils import sanitize_op_kind
 
-        named = (name for name in sorted(operators) if "." in name and not name.startswith("_operator."))
-        missing = [name for name in named if sanitize_op_kind(name) not in _TORCH_OPS_REGISTRY]
+    def known(name: str) -> bool:
+        names = name, name.rpartition(".")[0]
+        return any(_TORCH_OPS_REGISTRY.get_func(n) for n in names) or _is_composite(name)
+
+    missing = [name for name in sorted(operators) if not name.startswith("_operator.") and not known(name)]
     return f"coremltools has no conversion for {missing[0]}" if missing else None
+
+
+def _is_composite(name: str) -> bool:
+    """Whether torch itself takes the operator apart before coremltools sees it."""
+    import torch
+
+    space, _, rest = name.partition(".")
+    try:
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{space}::{rest.removesuffix('.default')}", "CompositeImplicitAutograd"
+        )
+    except RuntimeError:
+        return False
+    return bool(found)
 
 
 def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:

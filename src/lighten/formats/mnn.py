@@ -1,4 +1,4 @@
-"""MNN (.mnn): Alibaba's runtime for phones; float, and weights as 8- or 4-bit integers, converted from our ONNX graph."""
+"""MNN (.mnn): Alibaba's runtime for phones; float, and weights of 8 or 4 bits, converted from our ONNX graph."""
 
 from __future__ import annotations
 

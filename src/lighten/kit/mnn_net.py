@@ -221,7 +221,7 @@ def overwritten(raw: bytes, weights: Mapping[str, tuple[np.ndarray, np.ndarray]]
             continue
         q, scale = weights[tensor.op]
         lowest = -8 if tensor.dtype == "int4" else -128
-        index = (q.reshape(-1).astype(np.int16) - lowest).astype(np.uint8)
+        index: np.ndarray = (q.reshape(-1).astype(np.int16) - lowest).astype(np.uint8)
         if tensor.dtype == "int4":
             index = np.append(index, 0) if index.size % 2 else index
             index = index[0::2] << 4 | index[1::2]
@@ -234,11 +234,11 @@ def overwritten(raw: bytes, weights: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def halved(raw: bytes, whole: bytes) -> bytes:
-    """The float16 file with its weights rounded to nearest from those of the float32 file: MNN's converter truncates."""
+    """The float16 file with its weights rounded to nearest from those of the float32 file: MNN's own truncates."""
     half, full, out = Net(raw), Net(whole), bytearray(raw)
     values = {t.op: full.array(t) for t in full.tensors if t.name == "weight"}
     for tensor in [t for t in half.tensors if t.dtype == "float16"]:
-        rounded = values[tensor.op].astype("<f2")
+        rounded: np.ndarray = values[tensor.op].astype("<f2")
         if rounded.nbytes != tensor.bytes or not np.isfinite(rounded).all():
             raise ValueError(f"{tensor.op} does not fit float16")
         out[tensor.start : tensor.start + tensor.bytes] = rounded.tobytes()

@@ -19,6 +19,8 @@ TAG_OF = {"float32": 0, "float16": 0x01306B47, "int8": 0x000D4B38}
 
 MARK = "LightenMark"
 """Where the plan rounds an activation: a layer that only lives between pnnx and `integer_layers`."""
+ROUNDING, SHIFTING = "round_", "shift_"
+"""How the layers are named that round or shift what other layers read."""
 INT8_TERM, REQUANTIZE, PAD_VALUE, FEATURE_MASK = 8, 100, 18, 31
 NO_WINOGRAD = 64
 """Layer::featmask bit. ncnn's int8 Winograd F(4, 3) scales a weight by 576 in 16 bits: right for 6-bit weights only."""
@@ -28,12 +30,16 @@ REACH = 127
 CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
 TRANSPOSED = ("Deconvolution", "DeconvolutionDepthWise")
 NO_ACTIVATION, RELU, CLIP = 0, 1, 3
-SUBTRACT, SUBTRACT_FROM = 1, 7
+SUBTRACT, MULTIPLY, SUBTRACT_FROM = 1, 2, 7
+"""BinaryOp's numbers for them."""
+ROUND = 18
+"""UnaryOp's, to the nearest even."""
+PASSING = ("Reshape", "Flatten", "Permute", "Squeeze", "ExpandDims", "Crop", "Slice")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One line of the .param and what the .bin holds for it. `params` are ncnn's numbered settings as they are written."""
+    """One line of the .param and what the .bin holds for it. `params` are ncnn's numbered settings as written."""
 
     kind: str
     name: str
@@ -63,8 +69,9 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """n of the value n x scale that ncnn's integer 0 stands for. Of the plan's 256 levels ncnn has 255: the one that is
-        given up is the last, or the first where zero lies above the middle."""
+        """n of the value n x scale that ncnn's integer 0 stands for.
+
+        Of the plan's 256 levels ncnn has 255: it gives up the last, or the first where zero lies above the middle."""
         return -1 - self.zero if self.zero < 0 else -self.zero
 
     @property
@@ -74,8 +81,8 @@ class Grid:
 
     @property
     def sign(self) -> int:
-        """-1 where ncnn's integers run the other way: the one of zero, which pads, is then never negative. Negative padding of
-        packed int8 comes out wrong in ncnn 1.0.20261020 on x86."""
+        """-1 where ncnn's integers run the other way: the one of zero, which pads, is then never negative. Negative
+        padding of packed int8 comes out wrong in ncnn 1.0.20261020 on x86."""
         return -1 if self.middle > 0 else 1
 
 
@@ -91,7 +98,7 @@ class Integers:
 
 
 def read(param: str, raw: bytes) -> tuple[Layer, ...]:
-    """The layers of a .param text with their tensors from the .bin. Raises BadBundle where they do not fit each other."""
+    """The layers of a .param text with their tensors from the .bin. Raises BadBundle where the two do not fit."""
     try:
         bare, tail = _lines(param), memoryview(raw)
         found = []
@@ -147,7 +154,7 @@ def _take(raw: memoryview, shape: tuple[int, ...], flagged: bool) -> tuple[np.nd
 
 
 def _stored(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape and whether it has a tag, of every tensor that a layer reads, in its order (`load_model` in src/layer/)."""
+    """Name, shape and whether it has a tag, of each tensor that a layer reads, in order (ncnn's `load_model`)."""
     n = layer.number
     if layer.kind in (*CONVOLUTIONS, *TRANSPOSED, "Convolution1D", "DeconvolutionDepthWise1D", "InnerProduct"):
         yield from _computing(layer)
@@ -155,6 +162,8 @@ def _stored(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         yield from ((name, (n(0),), False) for name in ("slope", "mean", "variance", "bias"))
     elif layer.kind == "Scale" and n(0) != -233:
         yield from ((name, (n(0),), False) for name in ("scale", *(("bias",) if n(1) else ())))
+    elif layer.kind == "Normalize":
+        yield "scale", (n(3),), False
     elif layer.kind == "PReLU":
         yield "slope", (n(0),), False
     elif layer.kind in ("LayerNorm", "RMSNorm", "InstanceNorm", "GroupNorm"):
@@ -178,8 +187,8 @@ def _computing(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """Weight, bias and, in int8, the scales: of the weight, of the input, of the output where that leaves as int8."""
     n, out = layer.number, layer.number(0)
     dense = layer.kind == "InnerProduct"
-    size, bias, kernel = (n(2), n(1), ()) if dense else (n(6), n(5), (n(11, n(1)), n(1)))
-    kernel = kernel[1:] if layer.kind.endswith("1D") else kernel
+    size, bias = (n(2), n(1)) if dense else (n(6), n(5))
+    kernel: tuple[int, ...] = () if dense else (n(1),) if layer.kind.endswith("1D") else (n(11, n(1)), n(1))
     inner = size // (out * int(np.prod(kernel, dtype=np.int64)))
     yield "weight", (out, inner, *kernel), True
     if bias:
@@ -278,10 +287,10 @@ def integer_layers(
     """Layers whose weights and input the plan rounds, computing on the plan's very integers.
 
     `grids` names the marks' grids, `weights` finds the integers of a float weight. ncnn's activations are symmetric,
-    the plan's affine: x is replaced by sign x (x - shift), which the layer before does with its weights where it can, and a
-    layer that reads it turns its weights, adds shift x (their sum) to its bias and pads with the integer of zero. All of
-    it is exact, so the plan's integers are computed with, but for one level of 256 (`Grid.middle`). Where only such layers read a value, it
-    leaves its layer as int8. Marks that nothing integer reads are dropped: there the value is finer than the plan's.
+    the plan's affine: x is replaced by sign x (x - shift), which the layer before does with its weights where it can,
+    and a layer that reads it turns its weights, adds shift x (their sum) to its bias and pads with the integer of zero.
+    All of it is exact, so the plan's integers are computed with, but for one level of 256 (`Grid.middle`). Where only
+    such layers read a value, it leaves its layer as int8; layers that compute in float read it rounded in float.
     """
     graph = _Rewrite(without_splits(layers), grids)
     for layer in graph.layers:
@@ -303,7 +312,7 @@ class _Rewrite:
             for blob in layer.inputs:
                 self.readers.setdefault(blob, []).append(layer.name)
         self.same: dict[str, str] = {}
-        self.extra: dict[str, Layer] = {}
+        self.extra: dict[str, tuple[Layer, ...]] = {}
 
     def to_integers(self, layer: Layer, weights: Callable[[np.ndarray], Integers | None]) -> None:
         """Give a layer its integers, the scales and the bias for shifted input."""
@@ -323,7 +332,7 @@ class _Rewrite:
             "weight": (grid.sign * found.q).reshape(layer.tensors["weight"].shape),
             "bias": bias.astype(np.float32),
             "weight_scales": (1 / found.scale.astype(np.float64)).astype(np.float32),
-            "input_scale": np.float32([1 / grid.scale]),
+            "input_scale": np.array([1 / grid.scale], np.float32),
         }
         self.now[layer.name] = layer.having(tensors=tensors, params=settings)
 
@@ -332,9 +341,12 @@ class _Rewrite:
         source, made = mark.inputs[0], mark.outputs[0]
         grid, maker = self.grids[mark.name], self.now[self.maker[source]]
         readers = [self.now[name] for name in self.readers.get(made, [])]
-        integer = [r for r in readers if r.number(INT8_TERM)]
+        integer = [r for r in readers if "weight_scales" in r.tensors]
         alone = len(integer) == len(readers) and len(self.readers[source]) == 1
         self.same[made] = source
+        if len(integer) < len(readers) and not self.on_grid(source, grid):
+            self.same[made] = f"{made}_rounded"
+            self.extra[mark.name] = tuple(_rounding(source, made, grid))
         if not integer:
             return
         if alone and (moved := _shifted(maker, grid)) is not None:
@@ -347,13 +359,40 @@ class _Rewrite:
                 1: "1",
                 2: f"{np.float32(grid.shift):.9e}",
             }
-            self.extra[mark.name] = Layer("BinaryOp", f"shift_{mark.name}", (source,), (blob,), settings)
+            shift = Layer("BinaryOp", f"{SHIFTING}{mark.name}", (source,), (blob,), settings)
+            self.extra[mark.name] = (*self.extra.get(mark.name, ()), shift)
             for reader in integer:
                 self.now[reader.name] = replace(self.now[reader.name], inputs=(blob,))
 
+    def on_grid(self, blob: str, grid: Grid) -> bool:
+        """Whether a value is already on the grid: rounded there, and since then only moved."""
+        layer = self.now[self.maker[blob]]
+        while layer.kind in PASSING or (layer.kind == "Pooling" and not layer.number(0)):
+            layer = self.now[self.maker[layer.inputs[0]]]
+        return self.grids.get(layer.name) == grid
+
     def finished(self) -> tuple[Layer, ...]:
-        rows = (self.extra.get(layer.name) if layer.kind == MARK else self.now[layer.name] for layer in self.layers)
-        return tuple(_renamed(layer, self.same) for layer in rows if layer is not None)
+        rows = [
+            one
+            for layer in self.layers
+            for one in (self.extra.get(layer.name, ()) if layer.kind == MARK else (self.now[layer.name],))
+        ]
+        return tuple(_renamed(layer, self.same) for layer in rows)
+
+
+def _rounding(source: str, made: str, grid: Grid) -> Iterator[Layer]:
+    """The plan's rounding in float, for layers that compute in float."""
+    low, high = -128 - grid.zero, 127 - grid.zero
+    steps = {
+        "scaled": ("BinaryOp", {0: str(MULTIPLY), 1: "1", 2: f"{1 / grid.scale:.9e}"}),
+        "whole": ("UnaryOp", {0: str(ROUND)}),
+        "clipped": ("Clip", {0: f"{low:.1f}", 1: f"{high:.1f}"}),
+        "rounded": ("BinaryOp", {0: str(MULTIPLY), 1: "1", 2: f"{grid.scale:.9e}"}),
+    }
+    for step, (kind, settings) in steps.items():
+        blob = f"{made}_{step}"
+        yield Layer(kind, f"{ROUNDING}{blob}", (source,), (blob,), settings)
+        source = blob
 
 
 def has_kernel(layer: Layer) -> bool:
@@ -382,10 +421,11 @@ def _shifted(layer: Layer, grid: Grid) -> Layer | None:
     if low - lowest > 1e-3 * grid.scale or highest - high > 1e-3 * grid.scale:
         low, high = sorted(float(np.clip(grid.sign * (v - grid.shift), -3e38, 3e38)) for v in (low, high))
         settings |= {key: str(CLIP), -23310: f"2,{low:.9e},{high:.9e}"}
-    weight, bias = grid.sign * layer.tensors["weight"], grid.sign * (_bias(layer) - grid.shift)
-    return layer.having(tensors={"weight": weight, "bias": bias.astype(np.float32)}, params=settings)
+    bias = (grid.sign * (_bias(layer) - grid.shift)).astype(np.float32)
+    weight: np.ndarray = grid.sign * layer.tensors["weight"]
+    return layer.having(tensors={"weight": weight, "bias": bias}, params=settings)
 
 
 def _leaving_int8(layer: Layer, grid: Grid) -> Layer:
     settings = dict(layer.params) | {INT8_TERM: str(REQUANTIZE + 1)}
-    return layer.having(tensors={"output_scale": np.float32([1 / grid.scale])}, params=settings)
+    return layer.having(tensors={"output_scale": np.array([1 / grid.scale], np.float32)}, params=settings)

@@ -7,7 +7,7 @@ import copy
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lighten.errors import LightenError, RefusedFormat
@@ -152,16 +152,20 @@ def with_aligned_cats(graph: GraphModule) -> GraphModule:
 
 
 def with_outer_biases(graph: GraphModule) -> GraphModule:
-    """A copy in which a linear layer of integer weights and a float output adds its bias in a node of its own.
+    """A copy in which a linear layer of integer weights and a float output adds its bias in a node of its own, and has
+    one scale a channel, if all the same.
 
-    For XNNPACK's partitioner, whose one layer of integer weights with float activations may have no bias.
+    For XNNPACK, whose one layer of integer weights with float activations is given to its partitioner in that form.
     """
     import torch
 
     aten, graph = torch.ops.aten, copy.deepcopy(graph)
     weights = set(_weight_dequantizes(graph))
     for node in [n for n in graph.graph.nodes if _is(n, aten.linear)]:
-        if node.args[1] not in weights or len(node.args) < 3 or any(is_quantize(user) for user in node.users):
+        if node.args[1] not in weights or any(is_quantize(user) for user in node.users):
+            continue
+        node.update_arg(1, _by_channel(graph, node.args[1]))
+        if len(node.args) < 3:
             continue
         bias = node.args[2]
         with graph.graph.inserting_after(node):
@@ -171,6 +175,23 @@ def with_outer_biases(graph: GraphModule) -> GraphModule:
         node.args = node.args[:2]
     graph.recompile()
     return graph
+
+
+def _by_channel(graph: GraphModule, node: Node) -> Node:
+    """A weight's dequantize node with a scale for each output channel; what has them is itself."""
+    import torch
+
+    if _is(node, _quantized().dequantize_per_channel):
+        return node
+    whole, (scale, zero, *grid) = node.args[0], node.args[1:]
+    channels, stored = len(_stored(graph, whole)), []
+    for what, value in (("scale", torch.full((channels,), scale)), ("zero", torch.full((channels,), zero))):
+        graph.register_buffer(f"{node.name}_{what}", value)
+        with graph.graph.inserting_before(node):
+            stored.append(graph.graph.get_attr(f"{node.name}_{what}"))
+    with graph.graph.inserting_before(node):
+        arguments = (whole, *stored, 0, *grid)
+        return graph.graph.call_function(_quantized().dequantize_per_channel.default, arguments)
 
 
 def one_image(module: Any, shape: tuple[int, ...]) -> GraphModule:
@@ -229,26 +250,33 @@ def _keeps(mean: Node) -> bool:
     return bool(mean.kwargs.get("keepdim", mean.args[2] if len(mean.args) > 2 else False))
 
 
-def lacking(operators: Any, has: Callable[[Any], bool]) -> tuple[str, ...]:
-    """Those of the named ATen operators ("aten.conv2d.default") that a tool neither `has` nor gets taken apart."""
+def with_open_hardsigmoids(graph: GraphModule) -> GraphModule:
+    """A copy in which a hard sigmoid is (clip(x + 3, 0, 6) / 6), as torch defines it.
+
+    ExecuTorch takes it apart by integer constants that it converts anew at every run, outside the delegate.
+    """
     import torch
+
+    aten, graph = torch.ops.aten, copy.deepcopy(graph)
+    for node in [n for n in graph.graph.nodes if _is(n, aten.hardsigmoid) or _is(n, aten.hardsigmoid_)]:
+        with graph.graph.inserting_before(node):
+            moved = graph.graph.call_function(aten.add.Tensor, (node.args[0], 3.0))
+            clipped = graph.graph.call_function(aten.hardtanh.default, (moved, 0.0, 6.0))
+            node.replace_all_uses_with(graph.graph.call_function(aten.div.Tensor, (clipped, 6.0)))
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def lacking(operators: Mapping[str, int], has: Callable[[Any], bool]) -> str | None:
+    """The first of the ATen operators ("aten.conv2d.default": 20) that a tool neither `has` nor gets taken apart."""
     from torch._decomp import core_aten_decompositions
 
+    from lighten.kit.operators import AHEAD, overload
+
     parts = core_aten_decompositions()
-
-    def written(name: str) -> bool:
-        space, packet, overload = (*name.split("."), "default", "default")[:3]
-        for one in dict.fromkeys((packet, packet.removesuffix("_"))):
-            op = getattr(getattr(getattr(torch.ops, space), one, None), overload, None)
-            if op is not None and (op in parts or has(op) or _is_composite(op)):
-                return True
-        return False
-
-    return tuple(name for name in operators if "." in name and not written(name))
-
-
-def _is_composite(op: Any) -> bool:
-    """Whether torch itself defines the operator by others (conv2d, flatten, dropout at inference)."""
-    import torch
-
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"))
+    for name, count in operators.items():
+        op = None if name.startswith(AHEAD) else overload(name)
+        if not name.startswith(AHEAD) and (op is None or not (op in parts or op._can_decompose() or has(op))):
+            return f"{name} ({count} in this network)"
+    return None
