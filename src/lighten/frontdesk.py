@@ -238,7 +238,7 @@ def steps(options: Options) -> tuple[Step, ...]:
     allowed = {} if limit is None else {"seconds": round(TRAINING_SHARE * limit, 1)}
     method = PLUGINS.get(options.method, options.method)
     if options.method != "prune":
-        timed = allowed if options.method in ("distill", "finetune") else {}
+        timed = allowed if options.method in ("distill", "finetune") or given.get("epochs") else {}
         return (_step(method, {**given, **timed}),)
     training: dict[str, Any] = {k: given.pop(k) for k in ("epochs", "lr") if k in given}
     if training.get("epochs") == 0:

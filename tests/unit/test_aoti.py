@@ -77,7 +77,9 @@ def test_integer_kernels_run_and_answer_like_the_plan(file: Path, plan: Any) -> 
 
 
 @compiles
-@pytest.mark.parametrize("damage", ["a byte", "half", "empty", "missing", "another processor", "two libraries"])
+@pytest.mark.parametrize(
+    "damage", ["a byte", "half", "empty", "missing", "another processor", "two libraries", "a bomb"]
+)
 def test_damage_never_reaches_the_loader(
     file: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +88,7 @@ def test_damage_never_reaches_the_loader(
     bad, raw = tmp_path / "model.pt2", bytearray(file.read_bytes())
     if damage == "a byte":
         raw[len(raw) // 2] ^= 0xFF
-    if damage in ("another processor", "two libraries"):
+    if damage in ("another processor", "two libraries", "a bomb"):
         with zipfile.ZipFile(file) as old, zipfile.ZipFile(bad, "w") as new:
             for name in old.namelist():
                 data = old.read(name)
@@ -95,6 +97,8 @@ def test_damage_never_reaches_the_loader(
                 )
             if damage == "two libraries":
                 new.writestr(f"model/{aoti.FOLDER}evil.so", b"\x7fELF")
+            if damage == "a bomb":
+                new.writestr(f"model/{aoti.FOLDER}zeros", bytes(1 << 28), zipfile.ZIP_DEFLATED)
     elif damage != "missing":
         bad.write_bytes({"a byte": bytes(raw), "half": bytes(raw[: len(raw) // 2]), "empty": b""}[damage])
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *_: pytest.fail("the loader was given the file"))

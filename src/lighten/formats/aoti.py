@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ MEMBERS = ("archive_format", "archive_version", FOLDER + CODE, FOLDER + BLOB, FO
 ALIGN = 64
 """Constants begin at multiples of this many bytes (torch/_inductor/codecache.py, ALIGN_BYTES)."""
 
-MAX_BYTES = 4 << 30
+MOST_UNPACKED = 64
+"""A package may unpack to this many times its own size: weights that are mostly zeros do, a bomb asks for more."""
 CONSTANT = re.compile(r"constants_info_\[(\d+)\]\.(name|dtype|data_size|shape|from_folded|layout) = (.*);")
 CALL = re.compile(r"aoti_torch_cpu_+(\w+)\(")
 FUSED = re.compile(r"^(?!extern).*\b(cpp_fused_\w+)\(", re.M)
@@ -179,15 +181,17 @@ def _stored(rows: Mapping[int, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
 
 
 def _repack(made: Path, path: Path, table: dict[str, Any]) -> None:
-    """The package without sources, symbols and times of day, so that the same code is the same file."""
-    with zipfile.ZipFile(made) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as new:
+    """The package without sources, symbols and times of day, so that the same code is the same file. Compressed: the
+    loader unpacks it into a folder anyway, and kernels want their weights filled up with zeros."""
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(path, "w") as new:
         for name in sorted(old.namelist()):
             inner = name.partition("/")[2]
             if inner.endswith((".cpp", "serialization_id")):
                 continue
             data = _stripped(old.read(name)) if inner.endswith(".so") else old.read(name)
-            new.writestr(zipfile.ZipInfo(f"model/{inner}"), data)
-        new.writestr(zipfile.ZipInfo(f"model/{FOLDER}{TABLE}"), json.dumps(table, sort_keys=True))
+            new.writestr(zipfile.ZipInfo(f"model/{inner}"), data, zipfile.ZIP_DEFLATED, 9)
+        rows = json.dumps(table, sort_keys=True)
+        new.writestr(zipfile.ZipInfo(f"model/{FOLDER}{TABLE}"), rows, zipfile.ZIP_DEFLATED, 9)
 
 
 def _stripped(code: bytes) -> bytes:
@@ -235,7 +239,16 @@ def _table_of(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             problem = _damage(archive)
             table: dict[str, Any] = {} if problem else json.loads(archive.read(f"model/{FOLDER}{TABLE}"))
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as e:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    ) as e:
         raise BadBundle(f"{path} is not an AOTInductor package: {str(e)[:300]}", to_do) from e
     if problem:
         raise BadBundle(f"{path} is not an AOTInductor package: {problem}", to_do)
@@ -250,7 +263,7 @@ def _damage(archive: zipfile.ZipFile) -> str | None:
         return "a name in it leads out of its folder"
     if lost := [name for name in MEMBERS if f"model/{name}" not in names]:
         return f"{lost[0]} is missing"
-    if any(row.compress_type != zipfile.ZIP_STORED for row in rows) or sum(row.file_size for row in rows) > MAX_BYTES:
+    if sum(row.file_size for row in rows) > MOST_UNPACKED * max(1, sum(row.compress_size for row in rows)):
         return "it unpacks to too much"
     if broken := archive.testzip():
         return f"{broken} is damaged"

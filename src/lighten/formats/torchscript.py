@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def _read(path: Path) -> Any:
     to_do = "Fetch or build the file again."
     try:
         problem = _damage(path)
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as e:
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as e:
         raise BadBundle(f"{path} is not a TorchScript file: {str(e)[:300]}", to_do) from e
     if problem:
         raise BadBundle(f"{path} is not a TorchScript file: {problem}", to_do)

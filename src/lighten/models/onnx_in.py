@@ -21,8 +21,8 @@ from lighten.plugins import require
 MOST_BYTES = 2 << 30
 MOST_MEMORY, MOST_SECONDS = 24 << 30, 300
 """Address space (torch alone maps several GB) and CPU seconds of the child that opens the file first."""
-OPSET = 18
-"""The newest operator set that onnx2torch reads whole."""
+NEWEST, OPSET = 18, 17
+"""Newer files are converted to the first; what it has over the second, which onnx2torch reads whole, is rewritten."""
 ALIKE = 1e-3
 """Of the largest answer: how far torch may be from ONNX Runtime."""
 LOOPS = ("Loop", "Scan", "If")
@@ -140,9 +140,9 @@ def converted(model: Any) -> nn.Module:
     from onnx import version_converter
 
     try:
-        if next(o.version for o in model.opset_import if o.domain in STANDARD) > OPSET:
-            model = version_converter.convert_version(model, OPSET)
-        _plain_reshapes(model)
+        if next(o.version for o in model.opset_import if o.domain in STANDARD) > NEWEST:
+            model = version_converter.convert_version(model, NEWEST)
+        _older_forms(model)
         module = onnx2torch.convert(_free_batch(model))
     except Exception as e:
         reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
@@ -178,21 +178,45 @@ def _with_fixed_shapes(module: Any) -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-def _plain_reshapes(model: Any) -> None:
-    """`allowzero` says what a 0 in the shape means: without a 0 it says nothing, and onnx2torch does not know it."""
+def _older_forms(model: Any) -> None:
+    """Operators of set 18 as set 17 writes them. The proof that follows shows whether anything was lost.
+
+    Reduce* took their axes as an attribute, Split counted its outputs by itself. `allowzero` says what a 0 in the sizes
+    of a Reshape means: without a 0 it says nothing, and onnx2torch does not know it.
+    """
+    constants = _constants(model)
+    for node in model.graph.node:
+        if node.op_type.startswith("Reduce") and len(node.input) == 2 and node.input[1] in constants:
+            if node.op_type != "ReduceSum":  # which had it so before
+                _set(node, "axes", [int(v) for v in constants[node.input[1]].reshape(-1)])
+                del node.input[1]
+        elif node.op_type == "Split":
+            _drop(node, "num_outputs")
+        elif node.op_type == "Reshape" and np.all(constants.get(node.input[1], np.zeros(1))):
+            _drop(node, "allowzero")
+    for one in model.opset_import:
+        if one.domain in STANDARD:
+            one.version = min(one.version, OPSET)
+
+
+def _constants(model: Any) -> dict[str, np.ndarray]:
     from onnx import numpy_helper
 
-    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-    constants |= {
-        n.output[0]: numpy_helper.to_array(a.t)
-        for n in model.graph.node
-        for a in n.attribute
-        if n.op_type == "Constant" and a.name == "value"
-    }
-    for node in model.graph.node:
-        if node.op_type == "Reshape" and np.all(constants.get(node.input[1], np.zeros(1))):
-            for one in [a for a in node.attribute if a.name == "allowzero"]:
-                node.attribute.remove(one)
+    stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type == "Constant"]
+    return stored | {n.output[0]: numpy_helper.to_array(a.t) for n in nodes for a in n.attribute if a.name == "value"}
+
+
+def _drop(node: Any, name: str) -> None:
+    for one in [a for a in node.attribute if a.name == name]:
+        node.attribute.remove(one)
+
+
+def _set(node: Any, name: str, value: list[int]) -> None:
+    from onnx import helper
+
+    _drop(node, name)
+    node.attribute.append(helper.make_attribute(name, value))
 
 
 def _free_batch(model: Any) -> Any:

@@ -77,7 +77,7 @@ def _plane(x_title: str, y_title: str, found: Sequence[tuple[int, str, float, fl
 
 def probes(result: Result, rows: Rows, metric: str, t: Texts) -> dict[str, Any]:
     """Short trials: what the damages of single groups said of each plan, against what its probe measured."""
-    tried = [(n, trial) for n, _, trial in rows if is_probe(trial.recipe)]
+    tried = first_of_each([(n, trial) for n, _, trial in rows if is_probe(trial.recipe)])
     long = [trial for _, _, trial in rows if narrows(trial.recipe) and not is_probe(trial.recipe)]
     said = saving([trial for _, trial in tried], long, t)
     done = [(n, trial, trial.evidence.metric) for n, trial in tried if trial.evidence]
@@ -100,6 +100,12 @@ def probes(result: Result, rows: Rows, metric: str, t: Texts) -> dict[str, Any]:
         "probe_columns": (t["predicted_damage"], t["rank"], t["accuracy"].format(metric), t["rank"]),
         "probe_said": t["gap"].join(filter(None, [_agreed(ranks, t) if known else "", said])),
     }
+
+
+def first_of_each(tried: list[tuple[int, Trial]]) -> list[tuple[int, Trial]]:
+    """One probe a plan: the same network in another format says nothing new of what it lost."""
+    plans = {(t.recipe.steps, t.recipe.precision): (n, t) for n, t in reversed(tried)}
+    return sorted(plans.values(), key=lambda row: row[0])
 
 
 def predicted_damage(result: Result, recipe: Recipe) -> float | None:
