@@ -78,6 +78,7 @@ def exported(
 
         plugin, module = get("formats", format), module_of(net, precision)
         path = tmp_path_factory.mktemp(f"{format}-{net}-{precision}-{copy}") / f"model{plugin.SUFFIX}"
+        path.parent.mkdir(exist_ok=True)
         before = {k: v.clone() for k, v in module.state_dict().items()}
         companions = plugin.export(module, SHAPE, path, PRECISIONS[precision], here)
         after = module.state_dict()

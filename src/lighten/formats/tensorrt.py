@@ -27,11 +27,13 @@ def refuses(precision: Precision, device: Device) -> str | None:
     """Why this format cannot give `precision` for `device`, or None."""
     from lighten.kit.precisions import impossible
 
+    if reason := impossible(precision):
+        return reason
     if precision.quantized and (precision.weights, precision.activations) != ("int8", "int8"):
         return "TensorRT runs convolutions at 8 bits, weights and activations, or in float"
     if any(w not in ("int8", "float32") for _, w, _ in precision.exceptions):
         return "TensorRT has no convolutions with 4-bit weights"
-    return impossible(precision)
+    return None
 
 
 def lacks(operators: Mapping[str, int], shape: tuple[int, ...]) -> str | None:
@@ -77,27 +79,32 @@ def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision
     int8: activations are made symmetric (`fallbacks` says so), biases stay float. Raises RefusedFormat naming the rule
     that the graph breaks.
     """
-    import onnx
-
-    from lighten.kit.onnx_graph import lower, to_onnx
-    from lighten.kit.tensorrt_rules import broken_rules, make_symmetric
-
-    model = to_onnx(module, shape)
     if precision.quantized:
-        model = lower(model, unsigned=False, biases=False)
-        make_symmetric(model)
-        drop_unused_constants(model)
-    get("formats", "onnx").strip(model)
-    onnx.checker.check_model(model)
-    if broken := broken_rules(model):
-        raise RefusedFormat(f"tensorrt cannot take this graph: {broken[0]}.", "Leave that layer in float.")
-    path.write_bytes(model.SerializeToString())
+        _write_symmetric(module, shape, path)
+    else:
+        get("formats", "onnx").export(module, shape, path, precision, device)
     script = path.with_name("build.sh")
     words = [w.replace(f"{path.parent}/", "") for w in command(path, shape, precision)]
     script.write_text("#!/bin/sh\n# Run on the device: an engine fits one GPU and one version of TensorRT.\n")
     with script.open("a") as out:
         out.write(" ".join(words) + "\n")
     return (script, *_built(path, shape, precision))
+
+
+def _write_symmetric(module: Any, shape: tuple[int, ...], path: Path) -> None:
+    import onnx
+
+    from lighten.kit.onnx_graph import lower, to_onnx
+    from lighten.kit.tensorrt_rules import broken_rules, make_symmetric
+
+    model = lower(to_onnx(module, shape), unsigned=False, biases=False)
+    make_symmetric(model)
+    drop_unused_constants(model)
+    get("formats", "onnx").strip(model)
+    onnx.checker.check_model(model)
+    if broken := broken_rules(model):
+        raise RefusedFormat(f"tensorrt cannot take this graph: {broken[0]}.", "Leave that layer in float.")
+    path.write_bytes(model.SerializeToString())
 
 
 def drop_unused_constants(model: Any) -> None:
@@ -187,7 +194,7 @@ def runtime() -> str:
     import importlib.util
 
     if importlib.util.find_spec("tensorrt") is None:
-        return "TensorRT 0 (not installed)"
+        return "TensorRT, none installed: 0"
     import tensorrt
 
     return f"TensorRT {tensorrt.__version__}"

@@ -146,8 +146,11 @@ def _pack_aligned(buffer: Any, builder: Any) -> int:
 def store(model: Any, packed: Mapping[str, Packed], half: Mapping[str, np.ndarray], *, everything: bool) -> None:
     """Float weights become the integers (or halves) they were rounded to, and a DEQUANTIZE that runs once, at load.
 
-    Weights of integer layers are integers already. With `everything`, a weight that is not there is an error.
+    Weights of integer layers are integers already. With `everything`, a weight that is not there is an error; what
+    float16 cannot hold stays as it is. Raises RefusedFormat.
     """
+    from lighten.kit.onnx_graph import fits_half
+
     graph, missing = model.subgraphs[0], {**(packed if everything else {}), **half}
     for k, value in _floats(model, graph):
         for name, one in packed.items():
@@ -159,7 +162,8 @@ def store(model: Any, packed: Mapping[str, Packed], half: Mapping[str, np.ndarra
                 break
         for name, wanted in half.items():
             if _same(wanted.size, value) and np.array_equal(np.sort(wanted, None), np.sort(value, None)):
-                _widen(model, graph, k, value.astype(np.float16))
+                if fits_half(value):
+                    _widen(model, graph, k, value.astype(np.float16))
                 missing.pop(name, None)
                 break
     if missing:
