@@ -15,7 +15,21 @@ HOUSE = Path(__file__).parents[1] / "src" / "lighten"
 
 BASE = {"types", "errors", "plain"}
 """`plain` is the half of the nouns that turns them into JSON; it and types are the standard library only."""
-TOP = {"cli", "report", "serve", "terminal", "doctor", "frontdesk", "walk", "runner", "runs", "compress", "emulate", "remote", "exports"}
+TOP = {
+    "cli",
+    "report",
+    "serve",
+    "terminal",
+    "doctor",
+    "frontdesk",
+    "walk",
+    "runner",
+    "runs",
+    "compress",
+    "emulate",
+    "remote",
+    "exports",
+}
 ROOMS = {
     "workshop",
     "worker",

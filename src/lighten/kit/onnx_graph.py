@@ -271,8 +271,9 @@ def shift_activations(graph: _Graph) -> None:
 def _rounded(graph: _Graph, node: Any) -> str:
     """What a QuantizeLinear, alone or in front of this DequantizeLinear, reads: both must agree on their integers."""
     maker = graph.made_by.get(node.input[0])
-    pair = node.op_type == "DequantizeLinear" and maker is not None and maker.op_type == "QuantizeLinear"
-    return str((maker if pair else node).input[0])
+    if maker is not None and node.op_type == "DequantizeLinear" and maker.op_type == "QuantizeLinear":
+        return str(maker.input[0])
+    return str(node.input[0])
 
 
 def clip_integers(graph: _Graph) -> None:

@@ -12,7 +12,15 @@ MOVES = (
 )  # fmt: skip
 """Operators that only pass values on: they run on whatever their first input is."""
 NO_WORK = (*MOVES, *QUANTIZING, "Shape", "Constant", "ConstantOfShape", "Cast", "Range")
-INTEGER_WORK = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits")
+INTEGER_WORK = (
+    "QLinear",
+    "QGemm",
+    "QAttention",
+    "MatMulInteger",
+    "ConvInteger",
+    "DynamicQuantizeMatMul",
+    "MatMulNBits",
+)
 """Beginnings of the names of ONNX Runtime's operators that multiply integers, or read integer weights."""
 FLOATS = (1, 10, 16)
 """TensorProto.FLOAT, FLOAT16, BFLOAT16."""

@@ -175,7 +175,7 @@ def _with_fixed_shapes(module: Any) -> nn.Module:
             node.args = node.args[:1]
     module.graph.eliminate_dead_code()
     module.recompile()
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _older_forms(model: Any) -> None:

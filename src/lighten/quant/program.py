@@ -90,7 +90,7 @@ def _packed_bytes(packed: dict[str, Packed]) -> bytes:
         arrays |= {f"{name}|q": one.q, f"{name}|scale": one.scale}
         arrays[f"{name}|how"] = np.array([int(getattr(one, f)) for f in FIELDS])
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
