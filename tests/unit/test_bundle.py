@@ -392,6 +392,6 @@ def test_run_py_says_when_the_model_takes_no_images(tmp_path: Path, photos: dict
 
 def test_run_py_is_short_and_needs_nothing_of_lighten(made: Path) -> None:
     text = (made / "run.py").read_text("utf-8")
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 170  # one short loader a runtime
     assert "import lighten" not in text
     assert "from lighten" not in text

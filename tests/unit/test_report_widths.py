@@ -300,7 +300,7 @@ def test_detail_counts_the_channels_that_are_kept_of_all_groups() -> None:
 def test_a_plain_quantized_winner_needs_no_section_of_its_own() -> None:
     assert made(Recipe((Step("quantize"),), INT8), {}, EN) == []
     shown = made(Recipe((Step("quantize"),), Precision("int8", "int8", (("fc", "int4", "int8"),))), {}, EN)
-    assert shown[-1] == ("precision", "int8 (1 layers otherwise) · onnx: fc int4/int8")
+    assert shown[-1] == ("precision", "int8 (1 layer otherwise) · onnx: fc int4/int8")
 
 
 @pytest.mark.parametrize("bad", [5, "ab", (("a",),), (("a", "x"),)])
