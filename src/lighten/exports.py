@@ -320,12 +320,9 @@ def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> 
         return _reply("failed", f"{type(e).__name__}: {str(e)[:300]}")
     if problems:
         return _reply("failed", problems[0])
-    path = folder / one.name / artifact.path
+    seconds, path = time.perf_counter() - began, folder / one.name / artifact.path
     return _reply(
-        artifact=to_json(artifact),
-        seconds=time.perf_counter() - began,
-        fallbacks=list(format.fallbacks(path)),
-        not_here=format.not_here(),
+        artifact=to_json(artifact), seconds=seconds, fallbacks=list(format.fallbacks(path)), not_here=format.not_here()
     )
 
 

@@ -34,7 +34,7 @@ def test_a_device_loads_and_makes_sense(name: str) -> None:
     assert any("\u4e00" <= c <= "\u9fff" for c in device.title_zh)
     assert device.formats
     assert len(set(device.formats)) == len(device.formats)
-    assert set((*device.formats, *device.also)) <= set(plugins.names("formats"))
+    assert {*device.formats, *device.also} <= set(plugins.names("formats"))
     assert not set(device.formats) & set(device.also)
     assert device.arch in ("x86_64", "aarch64")
     assert device.activations in ("uint8", "int8")

@@ -155,6 +155,38 @@ def test_refuses_with_a_reason_what_it_cannot_do_and_nothing_it_can(
         assert exported(name, "small", precision).path.stat().st_size > 0
 
 
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_a_program_is_not_refused_for_the_operators_of_a_plan(
+    format: ModuleType, here: Device, module_of: Callable[[str, str], Any], precision: str
+) -> None:
+    from lighten.kit.operators import operators
+    from nets import SHAPE
+
+    asked_for(format, precision, here)
+    for net in ("small", "mobile"):
+        assert format.lacks(operators(module_of(net, precision), SHAPE), SHAPE) is None
+
+
+def test_nothing_falls_back_in_a_float_file(name: str, format: ModuleType, exported: Make) -> None:
+    assert format.fallbacks(exported(name, "small", "float32").path) == ()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_format_that_cannot_run_here_checks_its_file(
+    name: str, format: ModuleType, here: Device, exported: Make, precision: str
+) -> None:
+    """A float program may still hold its batch norms, which writers fold."""
+    from lighten.kit.trace import trace
+    from nets import SHAPE
+
+    if format.not_here() is None:
+        pytest.skip("its runtime proves it")
+    asked_for(format, precision, here)
+    file = exported(name, "small", precision)
+    as_read = file.module if precision == "int8" else trace(file.module, SHAPE).module(check_guards=False)
+    assert format.check(file.path, as_read, SHAPE) == ()
+
+
 # --- the file answers like torch -----------------------------------------------------------------------
 
 

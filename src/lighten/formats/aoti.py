@@ -80,7 +80,7 @@ def _compiler() -> str | None:
 
 def lacks(operators: Mapping[str, int], shape: tuple[int, ...]) -> str | None:
     """The operator that is not torch's own, or None: Inductor compiles those, or calls LibTorch's kernel."""
-    strange = sorted(name for name in operators if not name.startswith(OWN))
+    strange = sorted(name for name in operators if not name.startswith((*OWN, "quantized_decomposed.")))
     return f"{strange[0]} is not one of torch's own operators: compiled code cannot call it" if strange else None
 
 

@@ -240,5 +240,6 @@ def fallbacks(path: Path) -> tuple[str, ...]:
 
 
 def _is_integer(op: Any) -> bool:
-    kind = op.get_element_type().get_type_name() if op.get_output_size() else ""
-    return op.get_type_name() == "Constant" and kind in ("i8", "u8", "i4", "u4") and len(op.get_output_shape(0)) > 1
+    if op.get_type_name() != "Constant" or len(op.get_output_shape(0)) < 2:
+        return False
+    return op.get_element_type().get_type_name() in ("i8", "u8", "i4", "u4")
