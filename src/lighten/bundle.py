@@ -70,6 +70,8 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
             shutil.copyfile(file, room / file.name)
         _write_golden(room, winner, pixels, outputs)
         shutil.copyfile(_FILES / "run.py", room / "run.py")
+        if (example := _FILES / "cpp" / f"{winner.artifact.format}.cpp").exists():
+            shutil.copyfile(example, room / "run.cpp")
         write_whole(room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh)))
         write_whole(room / "README.md", readme(result))
         shape = (

@@ -110,6 +110,12 @@ def test_what_passed_is_a_bundle_that_verifies_and_runs_alone(
     assert done.stdout.split()[1] == "1"
 
 
+def test_a_bundle_for_libtorch_brings_its_cpp_example(run: Path, rows: dict[tuple[str, str], exports.Row]) -> None:
+    text = (run / "exports" / "torchscript-float32" / "run.cpp").read_text()
+    assert "torch::jit::load" in text
+    assert not (run / "exports" / "onnx-int8" / "run.cpp").exists()
+
+
 def test_a_file_changed_after_its_manifest_is_refused(
     run: Path, rows: dict[tuple[str, str], exports.Row], tmp_path: Path
 ) -> None:
