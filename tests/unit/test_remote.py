@@ -295,9 +295,13 @@ def test_a_python_that_dies_there_is_said_and_its_folder_removed(server: Server,
     assert list(server.room.iterdir()) == []
 
 
-def test_a_model_that_takes_too_long_is_ended_there(server: Server, made: Path) -> None:
+def test_a_model_that_takes_too_long_is_ended_there(server: Server, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\nif 'lighten.bench' in sys.orig_argv:\n    time.sleep(60)\n"
+    )
+    slow = _python(tmp_path, "slow", f'PYTHONPATH="{tmp_path}:$PYTHONPATH" exec {sys.executable} "$@"')
     with pytest.raises(CrashedRuntime, match="longer than 1 s"):
-        server.bench(made, timeout_s=1)
+        server.bench(made, timeout_s=1, python=slow)
     assert list(server.room.iterdir()) == []
 
 
