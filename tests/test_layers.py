@@ -44,6 +44,7 @@ ROOMS = {
     "trials",
     "narrow",
     "vault",
+    "userland",
 }
 PLUGINS = {"methods", "formats", "tasks"}
 HELPERS = {"quant", "kit", "data", "machine", "config", "devices", "models", "shapes"}
@@ -84,7 +85,8 @@ MAY = {
     # Times the one-layer files of quant/timing in the format's own runtime.
     "cost": {*BASE, "quant", "data", "machine", "plugins"},
     "runner": {*BASE, "data", "machine", "plugins", "bench", "bundle"},
-    "emulate": {*BASE, "data", "machine", "plugins", "bench", "bundle"},
+    "userland": {*BASE, "data"},
+    "emulate": {*BASE, "data", "machine", "plugins", "bench", "bundle", "userland"},
     "remote": {*BASE, "data", "plugins", "bundle"},
     # A finished run, read back by report, in other formats.
     "exports": {*BASE, "data", "kit", "quant", "plugins", "bench", "bundle", "workshop", "report"},

@@ -69,7 +69,7 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
         for file in (source, *(source.parent / name for name in winner.artifact.companions)):
             shutil.copyfile(file, room / file.name)
         _write_golden(room, winner, pixels, outputs)
-        shutil.copyfile(_FILES / "run.py", room / "run.py")
+        write_whole(room / "run.py", runner(winner.artifact.format))
         if (example := _FILES / "cpp" / f"{winner.artifact.format}.cpp").exists():
             shutil.copyfile(example, room / "run.cpp")
         write_whole(room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh)))
@@ -81,6 +81,13 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(room.iterdir())}
         write_whole(room / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     return into
+
+
+def runner(format: str) -> str:
+    """run.py with the loader of one runtime in it."""
+    text, loader = ((_FILES / name).read_text("utf-8") for name in ("run.py", f"loaders/{format}.py"))
+    start, end = text.index("def load_model("), text.index("def pixels(")
+    return f"{text[:start]}{loader.rstrip()}\n\n\n{text[end:]}"
 
 
 def _write_golden(room: Path, winner: Trial, pixels: np.ndarray, outputs: np.ndarray) -> None:

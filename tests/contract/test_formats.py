@@ -43,6 +43,9 @@ ANSWERS_LIKE_TORCH = {"float32": 1e-4, "float16": 1e-2}
 ROUNDED = 0.05
 """Of the largest output: what single steps of rounding, done in another order by integer kernels, may add up to."""
 
+COMPILED = ("aoti",)
+"""Formats whose files hold machine code: of the small net's 166 kB, 120 are code, whatever the weights are."""
+
 Make = Callable[..., Exported]
 
 
@@ -377,13 +380,17 @@ def test_weights_counts_zeros(name: str, format: ModuleType, exported: Make) -> 
 
 
 def test_int8_file_is_well_under_half_of_float32(name: str, format: ModuleType, here: Device, exported: Make) -> None:
-    """The tensors under 40 %. What costs the same for any width of network (OpenVINO's XML, compiled code) comes on top,
-    and all together must still be under two thirds."""
+    """Under 40 %. A graph written as text (OpenVINO's XML) costs the same for any width of network: it is left out,
+    and all together must still be well under float16's half and a tenth. Of a file that is mostly compiled code, the
+    tensors are held to the 40 %."""
     asked_for(format, "int8", here)
     whole, int8 = exported(name, "small", "float32"), exported(name, "small", "int8")
     stored = [sum(row.bytes for row in format.weights(f.path)) for f in (whole, int8)]
     assert stored[1] < 0.40 * stored[0]
-    assert int8.bytes < 0.66 * whole.bytes
+    if name not in COMPILED:
+        binary = sum(len(raw) for f in (int8.path, *int8.companions) if b"\0" in (raw := f.read_bytes()))
+        assert binary < 0.40 * whole.bytes
+        assert int8.bytes < 0.60 * whole.bytes
 
 
 def test_float16_file_is_little_over_half_of_float32(

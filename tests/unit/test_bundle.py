@@ -18,6 +18,7 @@ from PIL import Image
 
 from conftest import trial
 from lighten import bundle as bundles
+from lighten import plugins
 from lighten.bundle import Bundle
 from lighten.data.cache import sha256_file
 from lighten.data.images import open_image
@@ -390,8 +391,20 @@ def test_run_py_says_when_the_model_takes_no_images(tmp_path: Path, photos: dict
         list(answers(made, [photos["rgb"]], "en", 3))
 
 
+@pytest.mark.parametrize(
+    "format", sorted(f.stem for f in (Path(bundles.__file__).parent / "bundle_files/loaders").glob("*"))
+)
+def test_every_runtime_has_a_run_py_of_its_own(format: str) -> None:
+    """Short, whole Python, and with no other runtime's loader in it."""
+    text = bundles.runner(format)
+    compile(text, "run.py", "exec")
+    assert text.count("def load_model(") == 1
+    assert len(text.splitlines()) < 80
+    assert format in plugins.names("formats")
+
+
 def test_run_py_is_short_and_needs_nothing_of_lighten(made: Path) -> None:
     text = (made / "run.py").read_text("utf-8")
-    assert len(text.splitlines()) < 170  # one short loader a runtime
+    assert len(text.splitlines()) < 80
     assert "import lighten" not in text
     assert "from lighten" not in text

@@ -20,15 +20,16 @@ pytest.importorskip("onnx")
 from test_bundle import HOW, change, write_bundle
 
 from lighten import bundle as bundles
-from lighten import emulate
+from lighten import emulate, userland
 from lighten.bundle import Bundle
 from lighten.data.cache import cache_dir, sha256_file
 from lighten.data.images import open_image
 from lighten.data.preprocess import to_pixels
-from lighten.emulate import CORES, Answers, Difference, compare, first_of, sources_in, variations
-from lighten.errors import BadConfig, CrashedRuntime, LightenError, RefusedFormat, UnknownName
+from lighten.emulate import Answers, Difference, compare, first_of, variations
+from lighten.errors import BadConfig, CrashedRuntime, LightenError, MissingTool, RefusedFormat, UnknownName
 from lighten.plugins import get
 from lighten.types import Recipe
+from lighten.userland import CORES, sources_in
 
 PI4, PI5 = CORES["cortex-a72"], CORES["cortex-a76"]
 
@@ -86,7 +87,7 @@ def test_a_missing_tool_is_one_line_with_its_command(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(emulate.MissingTool) as e:
+    with pytest.raises(MissingTool) as e:
         emulate.check(made, cache=tmp_path)
     assert "qemu-aarch64-static is not installed" in e.value.what
     assert e.value.to_do.startswith("sudo apt-get install qemu-user-static mmdebstrap")
@@ -129,7 +130,7 @@ def _answers(outputs: np.ndarray) -> Answers:
 
 @pytest.fixture
 def compared(made: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., emulate.Emulated]:
-    monkeypatch.setattr(emulate, "_qemu_version", lambda: "qemu 7")
+    monkeypatch.setattr(emulate, "qemu_version", lambda: "qemu 7")
 
     def run(edit: Callable[[np.ndarray], Any], inside: Any = None, activations: str = "int8") -> emulate.Emulated:
         found = bundles.load(made)
@@ -219,7 +220,7 @@ def test_folders_are_built_side_by_side(tmp_path: Path) -> None:
         one: lambda room: ["sh", "-c", wait, "sh", str(room), str(tmp_path / "b"), str(tmp_path / "a")],
         two: _sh(f'echo > {tmp_path}/b; until [ -e {tmp_path}/a ]; do sleep 0.02; done; echo b > "$1/file"'),
     }
-    emulate._build_all(jobs, lambda text: None)
+    userland._build_all(jobs, lambda text: None)
     assert (one / "file").read_text() == "a\n"
     assert (two / "file").read_text() == "b\n"
 
@@ -231,15 +232,15 @@ def test_a_build_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
         home / "bad": _sh('echo > "$1/half"; echo no such package >&2; exit 3'),
     }
     with pytest.raises(LightenError, match=r"bad could not be built \(exit code 3\): no such package"):
-        emulate._build_all(jobs, lambda text: None)
+        userland._build_all(jobs, lambda text: None)
     assert list(home.iterdir()) == []
 
 
 def test_a_build_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emulate, "BUILD_S", 0.5)
+    monkeypatch.setattr(userland, "BUILD_S", 0.5)
     home, pid = tmp_path / "home", tmp_path / "pid"
     with pytest.raises(LightenError, match="not done"):
-        emulate._build_all(
+        userland._build_all(
             {home / "slow": _sh(f'sleep 60 & echo $! > {pid}; echo > "$1/half"; wait')}, lambda text: None
         )
     assert list(home.iterdir()) == []
@@ -255,7 +256,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("subprocess.Popen.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        emulate._build_all({tmp_path / "home" / "slow": _sh('echo > "$1/half"; sleep 60')}, lambda text: None)
+        userland._build_all({tmp_path / "home" / "slow": _sh('echo > "$1/half"; sleep 60')}, lambda text: None)
     assert list((tmp_path / "home").iterdir()) == []
 
 
@@ -264,10 +265,10 @@ def test_one_builds_at_a_time_and_clears_what_a_killed_one_left(tmp_path: Path) 
     order: list[str] = []
 
     def second() -> None:
-        with emulate._alone(tmp_path):
+        with userland._alone(tmp_path):
             order.append("second")
 
-    with emulate._alone(tmp_path):
+    with userland._alone(tmp_path):
         assert [f.name for f in tmp_path.iterdir()] == [".lock"]
         other = threading.Thread(target=second)
         other.start()
@@ -281,7 +282,7 @@ def test_the_board_lies_over_the_system_without_changing_it(tmp_path: Path) -> N
     system = tmp_path / "debian-bookworm"
     (system / "usr" / "bin").mkdir(parents=True)
     (system / "usr" / "bin" / "python3.11").write_text("py")
-    root = emulate._root_of(PI5, system, tmp_path)
+    root = userland._root_of(PI5, system, tmp_path)
     assert (root / "usr" / "bin" / "python3.11").read_text() == "py"
     assert (root / "proc" / "cpuinfo").read_text() == PI5.cpuinfo()
     assert (root / "sys/devices/system/cpu/possible").read_text() == "0-3\n"
@@ -294,7 +295,7 @@ def test_the_board_lies_over_the_system_without_changing_it(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def cache() -> Path:
     """$LIGHTEN_EMULATE_CACHE: a cache folder to build the userland in if need be; else the usual one, if it is there."""
-    if shutil.which(emulate.QEMU) is None:
+    if shutil.which(userland.QEMU) is None:
         pytest.skip("qemu-aarch64-static is not installed")
     if named := os.environ.get("LIGHTEN_EMULATE_CACHE"):
         return Path(named)
@@ -336,12 +337,12 @@ def test_an_int8_bundle_gives_the_same_bits_on_both_cores(cache: Path, integers:
 
 
 def test_a_model_that_takes_too_long_there_is_ended(cache: Path, made: Path) -> None:
-    userland = emulate.build(PI4, get("formats", "onnx"), cache)
+    built = userland.build(PI4, get("formats", "onnx"), cache)
     with pytest.raises(CrashedRuntime, match="no answer in 0 s"):
-        emulate.answers(userland.python_there, bundles.load(made), bundles.load(made).golden()["pixels"], 0.2)
+        emulate.answers(built.python_there, bundles.load(made), bundles.load(made).golden()["pixels"], 0.2)
 
 
 def test_a_process_that_dies_there_is_said(cache: Path, tmp_path: Path) -> None:
-    userland = emulate.build(PI4, get("formats", "onnx"), cache)
+    built = userland.build(PI4, get("formats", "onnx"), cache)
     with pytest.raises(CrashedRuntime, match="cortex-a72"):
-        userland.python_there("import os; os.abort()", [], tmp_path, 60)
+        built.python_there("import os; os.abort()", [], tmp_path, 60)
