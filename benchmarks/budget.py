@@ -138,9 +138,10 @@ def ours(args: argparse.Namespace, model: Any, data: Any, how: Preprocess, keep:
 
 
 def trained(trial: Trial) -> float:
-    """Epochs of the winner's training, as its step said."""
+    """Epochs of the winner's training, as its step said, or as its recipe asked; 0 if it was not trained."""
     found = [re.search(r"trained ([\d.]+) epochs", note) for note in trial.notes]
-    return next((float(m[1]) for m in found if m), float(dict(trial.recipe.steps[1].settings)["epochs"]))
+    asked = [dict(step.settings).get("epochs") for step in trial.recipe.steps]
+    return next((float(m[1]) for m in found if m), next((float(e) for e in asked if e), 0.0))
 
 
 def floats(job: Job, keep: Path) -> Iterator[Row]:

@@ -337,12 +337,12 @@ def test_an_int8_bundle_gives_the_same_bits_on_both_cores(cache: Path, integers:
 
 
 def test_a_model_that_takes_too_long_there_is_ended(cache: Path, made: Path) -> None:
-    built = userland.build(PI4, get("formats", "onnx"), cache)
+    built = userland.build(PI4, get("formats", "onnx"), cache, print)
     with pytest.raises(CrashedRuntime, match="no answer in 0 s"):
         emulate.answers(built.python_there, bundles.load(made), bundles.load(made).golden()["pixels"], 0.2)
 
 
 def test_a_process_that_dies_there_is_said(cache: Path, tmp_path: Path) -> None:
-    built = userland.build(PI4, get("formats", "onnx"), cache)
+    built = userland.build(PI4, get("formats", "onnx"), cache, print)
     with pytest.raises(CrashedRuntime, match="cortex-a72"):
         built.python_there("import os; os.abort()", [], tmp_path, 60)
