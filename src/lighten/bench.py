@@ -115,7 +115,7 @@ def measure(
 ) -> Readings:
     """Run the artifact at `path` over `pixels` (N, H, W, C) in a fresh process; no timing where `timing` is None.
 
-    `beside` is another file and its format: single images of both are timed in turns.
+    `beside` is another file, with the network's own inputs, and its format: single images of both are timed in turns.
 
     Raises CrashedRuntime where the process dies, BadBundle and others as the format's loader gives them.
     """
@@ -185,11 +185,13 @@ def _child(folder: Path) -> None:
 def _beside(request: dict[str, Any], module: ModuleType, pixels: np.ndarray, how: Preprocess | None) -> Beside | None:
     if request["beside"] is None:
         return None
+    from lighten.data.splits import as_inputs
+
     other, format = request["beside"]
-    one = inputs_of(pixels[:1], how)
+    one, theirs = inputs_of(pixels[:1], how), as_inputs(np.asarray(pixels[:1]), how)
     run, their_run = module.load(Path(request["path"]), 1), get("formats", format).load(Path(other), 1)
     timing = from_json(Timing, request["timing"])
-    return in_turns_ms(functools.partial(run, one), functools.partial(their_run, one), timing)
+    return in_turns_ms(functools.partial(run, one), functools.partial(their_run, theirs), timing)
 
 
 def _all_outputs(run: Run, pixels: np.ndarray, how: Preprocess | None, batch: int) -> tuple[np.ndarray, float]:
@@ -204,10 +206,10 @@ def _all_outputs(run: Run, pixels: np.ndarray, how: Preprocess | None, batch: in
 
 
 def inputs_of(pixels: np.ndarray, how: Preprocess | None) -> np.ndarray:
-    """Network inputs of decoded pixels; ready float inputs pass."""
+    """What a file takes for decoded pixels: the network's inputs, or the pixels where it normalises them inside."""
     from lighten.data.splits import as_inputs
 
-    return as_inputs(np.asarray(pixels), how)
+    return np.asarray(pixels) if how is not None and how.inside else as_inputs(np.asarray(pixels), how)
 
 
 def main(folder: Path) -> int:

@@ -115,7 +115,7 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
             "source": result.model,
         },
         "task": result.task,
-        "input": {"name": "input", "shape": ["batch", *shape], "layout": "NCHW", "dtype": "float32"},
+        "input": input_of(result.preprocess, shape),
         "output": {
             "name": "output",
             "shape": ["batch", len(result.classes)],
@@ -136,6 +136,14 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
     }
 
 
+def input_of(how: Preprocess | None, shape: list[int]) -> dict[str, Any]:
+    """What the file takes: the network's input of `shape` (C, H, W), or pixels where it normalises them inside."""
+    if how is not None and how.inside:
+        size = ["batch", how.height, how.width, how.channels]
+        return {"name": "pixels", "shape": size, "layout": "NHWC", "dtype": "uint8"}
+    return {"name": "input", "shape": ["batch", *shape], "layout": "NCHW", "dtype": "float32"}
+
+
 def readme(result: Result) -> str:
     """What an app developer needs to know to use the bundle, English then Chinese."""
     texts = (_FILES / "README.md").read_text("utf-8")
@@ -144,6 +152,7 @@ def readme(result: Result) -> str:
     assert winner.evidence is not None
     from lighten.data.preprocess import describe as in_words
 
+    given = input_of(how, list(how.input_shape) if how else [])
     values = {
         "file": Path(winner.artifact.path).name,
         "runtime": " ".join(get("formats", winner.artifact.format).RUNS_ON).replace("_", "-"),
@@ -156,7 +165,10 @@ def readme(result: Result) -> str:
         "n": str(result.final.winner.n),
         "preprocess": in_words(how),
         "classes": str(len(result.classes)),
-        "shape": " x ".join(["batch", *map(str, how.input_shape)]) if how else "see manifest.json",
+        "input": given["name"],
+        "dtype": given["dtype"],
+        "layout": given["layout"],
+        "shape": " x ".join(map(str, given["shape"])) if how else "see manifest.json",
     }
     for key, value in values.items():
         texts = texts.replace("{" + key + "}", value)

@@ -340,6 +340,9 @@ def export(
     data: Images = None,
     images: Annotated[int, typer.Option(min=16, help="Report images that each file answers.")] = 1000,
     device: Annotated[str | None, typer.Option(help="Write for another device than the run did.")] = None,
+    bake_preprocessing: Annotated[
+        bool, typer.Option("--bake-preprocessing", help="Files that take uint8 pixels (N, H, W, C), normalised inside.")
+    ] = False,
     lang: Lang = "en",
 ) -> None:
     """Write a run's winner in other formats, prove each file in its own runtime; exit code 3 where one is not right."""
@@ -352,7 +355,15 @@ def export(
     target = devices.load(device) if device else None
     with progress_bar() as bar:
         rows = exports.export(
-            folder, wanted, _words(precisions or ""), data=data, images=images, device=target, progress=bar, log=say
+            folder,
+            wanted,
+            _words(precisions or ""),
+            data=data,
+            images=images,
+            device=target,
+            bake_preprocessing=bake_preprocessing,
+            progress=bar,
+            log=say,
         )
     print_exports(rows, str(folder), _language(lang))
     bad = any(row.status in ("FAIL", "failed") for row in rows)

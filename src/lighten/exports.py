@@ -21,7 +21,7 @@ from lighten import bundle, workshop
 from lighten.bench import Timing
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle, BadConfig, LightenError
-from lighten.plugins import get, missing_backends
+from lighten.plugins import get, missing_backends, names
 from lighten.types import (
     Artifact,
     Data,
@@ -29,6 +29,7 @@ from lighten.types import (
     Evidence,
     Job,
     Precision,
+    Preprocess,
     Progress,
     Recipe,
     Result,
@@ -50,17 +51,20 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file to be made: a format, a precision, and the program that it is written from."""
+    """One file to be made: a format, a precision, the program that it is written from, and the preprocessing where that
+    goes inside the file."""
 
     format: str
     precision: Precision
     program: Path
+    inside: Preprocess | None = None
 
     @property
     def name(self) -> str:
         """The folder of the file, e.g. "onnx-int8"."""
         words = (self.precision.weights, *({"float32": ["weights"], "dynamic": ["dynamic"]}.get(self._inputs, [])))
-        return "-".join((self.format, *words, *(["mixed"] if self.precision.exceptions else [])))
+        marks = [*(["mixed"] if self.precision.exceptions else []), *(["pixels"] if self.inside else [])]
+        return "-".join((self.format, *words, *marks))
 
     @property
     def _inputs(self) -> str:
@@ -71,7 +75,8 @@ class Wanted:
 class Row:
     """What came of one file. `status` is PASS, FAIL, "not run here", "refused", "missing" or "failed"; `reason` says why.
 
-    `evidence` is None where the file was not run; `original_mb` is the original's float32 ONNX file.
+    `evidence` is None where the file was not run; `original_bytes` is the original's float32 ONNX file; `pixels`: the file
+    takes uint8 (N, H, W, C) and normalises inside.
     """
 
     format: str
@@ -84,6 +89,12 @@ class Row:
     fallbacks: tuple[str, ...] = ()
     evidence: Evidence | None = None
     seconds: float = 0.0
+    pixels: bool = False
+
+    @property
+    def title(self) -> str:
+        """The precision in words, and what the file takes where it is not the network's own input."""
+        return f"{self.precision.title}, uint8 pixels in" if self.pixels else self.precision.title
 
 
 def export(
@@ -94,6 +105,7 @@ def export(
     data: Any = None,
     images: int = 1000,
     device: Device | None = None,
+    bake_preprocessing: bool = False,
     timing: Timing = TIMING,
     progress: Progress = silent,
     log: Log = lambda line: None,
@@ -102,6 +114,7 @@ def export(
     ("float32", "float16", "plan": what the run decided; default all three) under `run`/exports, and measure each file.
 
     `data` is what the run was given (default: the built-in set of that name); `images` of its report split are used.
+    `bake_preprocessing` puts normalisation and layout inside each file, which then takes uint8 pixels (N, H, W, C).
     The record, exports.json, keeps rows of earlier calls. Raises BadBundle where the run is not finished or was made
     by an older version, UnknownName, BadConfig.
     """
@@ -109,6 +122,8 @@ def export(
 
     result = read_result(run)
     todo = wanted(result, run, formats, precisions)
+    if bake_preprocessing:
+        todo = tuple(dataclasses.replace(w, inside=_inside(result)) for w in todo)
     job, reference = job_of(result, run, data, images, device or result.device, progress)
     rows: list[Row] = []
     for one in groups(todo):
@@ -150,6 +165,15 @@ def planned(result: Result) -> Recipe | None:
     tried = [t for t in result.trials if t.evidence and t.recipe.precision.weights == "int8"]
     best = max(tried, key=lambda t: t.evidence.metric.value if t.evidence else 0.0, default=None)
     return best.recipe if best else None
+
+
+def _inside(result: Result) -> Preprocess:
+    if result.preprocess is None:
+        raise BadConfig(
+            "The run's model takes ready float inputs: there is no preprocessing to put inside.",
+            "Leave --bake-preprocessing out.",
+        )
+    return dataclasses.replace(result.preprocess, inside=True)
 
 
 def groups(todo: Sequence[Wanted]) -> Iterator[tuple[Wanted, ...]]:
@@ -195,15 +219,23 @@ def made(
     """The rows of one format."""
     from lighten.quant import program
 
-    name, format = group[0].format, get("formats", group[0].format)
+    name, format, pixels = group[0].format, get("formats", group[0].format), group[0].inside is not None
     base = result.baseline.evidence.size.bytes if result.baseline.evidence else 0
     if missing := missing_backends(format):
         reason = f"needs {', '.join(missing)}: pip install 'lighten[{format.EXTRA}]'"
-        yield from (Row(name, w.precision, "missing", reason, original_bytes=base) for w in group)
+        yield from (Row(name, w.precision, "missing", reason, original_bytes=base, pixels=pixels) for w in group)
         return
     folder = run / FOLDER
     for one, reply in written(group, workshop.input_shape(job), job.device, folder):
-        row = Row(name, one.precision, reply["status"], reply["reason"], original_bytes=base, seconds=reply["seconds"])
+        row = Row(
+            name,
+            one.precision,
+            reply["status"],
+            reply["reason"],
+            original_bytes=base,
+            seconds=reply["seconds"],
+            pixels=pixels,
+        )
         if row.status:
             yield row
             continue
@@ -217,9 +249,10 @@ def made(
         built = workshop.Built(
             dataclasses.replace(artifact, path=str(path.relative_to(run))), program.read(one.program), (), row.seconds
         )
-        row = judged(row, built, job, reference, run, timing)
+        given = dataclasses.replace(job, preprocess=one.inside or job.preprocess)
+        row = judged(row, built, given, reference, run, timing)
         if row.status == "PASS":
-            bundled(row, artifact, result, run, job)
+            bundled(row, artifact, result, run, given)
         yield row
 
 
@@ -243,7 +276,9 @@ def bundled(row: Row, artifact: Artifact, result: Result, run: Path, job: Job) -
     recipe = Recipe(result.winning.recipe.steps, row.precision, row.format)
     trial = Trial(recipe, dataclasses.replace(artifact, path=row.path), row.evidence)
     final = dataclasses.replace(result.final, winner=row.evidence.metric, drop=row.evidence.drop)
-    own = dataclasses.replace(result, trials=(trial,), winner=trial.id, final=final, verdict="PASS", misses=())
+    own = dataclasses.replace(
+        result, trials=(trial,), winner=trial.id, final=final, verdict="PASS", misses=(), preprocess=job.preprocess
+    )
     some = job.data.select.take(bundle.GOLDEN_IMAGES)
     outputs = workshop.final_outputs(trial, run, some, job)
     bundle.write(own, run, workshop.decoded(some), outputs, (run / row.path).parent)
@@ -274,7 +309,7 @@ def _child(
             "shape": list(shape),
             "device": to_json(device),
             "folder": str(folder.resolve()),
-            "wanted": [[w.format, to_json(w.precision), str(w.program.resolve())] for w in group],
+            "wanted": [[w.format, to_json(w.precision), str(w.program.resolve()), to_json(w.inside)] for w in group],
         }
         write_whole(Path(room) / "request.json", json.dumps(request))
         try:
@@ -304,6 +339,9 @@ def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> 
     try:
         if reason := format.refuses(one.precision, device):
             return _reply("refused", reason)
+        if one.inside and not hasattr(format, "bake"):
+            able = [n for n in names("formats") if hasattr(get("formats", n), "bake")]
+            return _reply("refused", f"normalisation is put inside files of {' and '.join(able)} only")
         module = program.read(one.program)
         if reason := format.lacks(of_graph(module), shape):
             return _reply("refused", reason)
@@ -311,8 +349,10 @@ def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> 
             file = room / f"model{format.SUFFIX}"
             file.parent.mkdir(exist_ok=True)
             companions = format.export(module, shape, file, one.precision, device)
-            names = tuple(str(c.relative_to(file.parent)) for c in companions)
-            artifact = Artifact(str(file.relative_to(room)), one.format, sha256_file(file), names)
+            if one.inside:
+                format.bake(file, one.inside)
+            others = tuple(str(c.relative_to(file.parent)) for c in companions)
+            artifact = Artifact(str(file.relative_to(room)), one.format, sha256_file(file), others)
             problems = format.check(file, module, shape) if format.not_here() and hasattr(format, "check") else ()
     except LightenError as e:
         return _reply("failed", e.what)
@@ -330,8 +370,9 @@ def _main(room: Path) -> None:
     """The writer: one line for each file, as soon as it is there."""
     request = json.loads((room / "request.json").read_text())
     device, folder = from_json(Device, request["device"]), Path(request["folder"])
-    for format, precision, program in request["wanted"]:
-        one = Wanted(format, from_json(Precision, precision), Path(program))
+    for format, precision, program, how in request["wanted"]:
+        inside = from_json(Preprocess, how) if how else None
+        one = Wanted(format, from_json(Precision, precision), Path(program), inside)
         reply = write(one, tuple(request["shape"]), device, folder)
         with (room / "replies.jsonl").open("a") as out:
             out.write(json.dumps(reply) + "\n")
@@ -342,7 +383,7 @@ def _main(room: Path) -> None:
 
 def line_of(row: Row) -> str:
     """One row in one line."""
-    what = f"{row.format} {row.precision.title}"
+    what = f"{row.format} {row.title}"
     if row.evidence is None:
         return f"{what}: {row.status}{': ' if row.reason else ''}{row.reason}"
     e = row.evidence
@@ -359,7 +400,8 @@ def read_record(run: Path) -> tuple[Row, ...]:
 
 
 def _record(file: Path, row: Row) -> None:
-    rows = {(r.format, r.precision): r for r in read_record(file.parent.parent)} | {(row.format, row.precision): row}
+    kept = (*read_record(file.parent.parent), row)
+    rows = {(r.format, r.precision, r.pixels): r for r in kept}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(to_json(tuple(rows.values())), indent=1, ensure_ascii=False, allow_nan=False))
 

@@ -14,7 +14,7 @@ from lighten import bench
 from lighten import bundle as bundles
 from lighten.data.cache import write_whole
 from lighten.data.images import SUFFIXES, open_image
-from lighten.data.preprocess import normalize, to_pixels
+from lighten.data.preprocess import to_pixels
 from lighten.errors import BadBundle, BadConfig, BadImage
 from lighten.machine import environment, usable_threads
 from lighten.plugins import get
@@ -48,7 +48,7 @@ def answers(folder: Path, images: list[Path], lang: str, top: int) -> Iterator[A
     names = found.labels(lang)
     for path in _files(images):
         try:
-            scores = run(normalize(to_pixels(open_image(path), how)[None], how))[0]
+            scores = run(bench.inputs_of(to_pixels(open_image(path), how)[None], how))[0]
         except BadImage as e:
             yield Answer(path, problem=e.what)
             continue

@@ -343,7 +343,7 @@ def print_exports(rows: Sequence[Row], title: str, lang: str = "en") -> None:
     for row in rows:
         words = "; ".join([w for w in (row.reason, ", ".join(row.fallbacks)) if w])
         status = f"[{STATUS.get(row.status, 'yellow')}]{row.status}[/] {escape(words)}".rstrip()
-        table.add_row(row.format, row.precision.title, *_export_figures(row), status)
+        table.add_row(row.format, row.title, *_export_figures(row), status)
     console.print(table)
 
 

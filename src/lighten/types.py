@@ -25,7 +25,7 @@ class Preprocess:
 
     `mode` "stretch" scales to height x width; "crop" scales the shorter side to `resize` (same aspect) and cuts
     the centre. Pixels are then divided by 255, `mean` subtracted, divided by `std` (one value per channel, in
-    `channel_order`), and laid out NCHW float32.
+    `channel_order`), and laid out NCHW float32; where `inside` is true the file does this itself and takes the pixels.
     """
 
     height: int
@@ -37,6 +37,7 @@ class Preprocess:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     source: str = "given"
+    inside: bool = False
 
     def __post_init__(self) -> None:
         checks = {

@@ -105,6 +105,28 @@ def asked_for(format: ModuleType, precision: str, device: Device) -> Precision:
     return PRECISIONS[precision]
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_a_file_that_normalises_inside_answers_pixels_as_it_answered_inputs(
+    name: str, format: ModuleType, here: Device, exported: Make, precision: str, tmp_path: Path
+) -> None:
+    from lighten.data.preprocess import normalize
+    from lighten.types import Preprocess
+    from nets import SHAPE
+
+    if not hasattr(format, "bake"):
+        pytest.skip("takes the network's inputs only")
+    how = Preprocess(*SHAPE[1:], mean=(0.3, 0.4, 0.5), std=(0.2, 0.3, 0.25), inside=True)
+    file = exported(name, "small", precision)
+    copy_of(file, tmp_path)
+    pixels = np.random.default_rng(3).integers(0, 256, (5, *SHAPE[1:], SHAPE[0]), np.uint8)
+    format.bake(tmp_path / file.path.name, how)
+    want, got = load(format, file.path)(normalize(pixels, how)), load(format, tmp_path / file.path.name)(pixels)
+    exact = name == "onnx"  # OpenVINO multiplies by the reciprocal of the spread
+    np.testing.assert_allclose(got, want, rtol=0, atol=0 if exact else ROUNDED * np.abs(want).max())
+    stored = sum(w.bytes for w in format.weights(file.path))
+    assert sum(w.bytes for w in format.weights(tmp_path / file.path.name)) <= stored + 200
+
+
 # --- the shape of a plug-in -------------------------------------------------------------------------
 
 

@@ -110,6 +110,36 @@ def test_what_passed_is_a_bundle_that_verifies_and_runs_alone(
     assert done.stdout.split()[1] == "1"
 
 
+def test_baked_preprocessing_takes_pixels_and_answers_the_same(run: Path, tmp_path: Path) -> None:
+    """In the table, in the bundle's own check, in its run.py and in `lighten run`."""
+    from PIL import Image
+
+    from lighten.runner import answers
+
+    own = tmp_path / "halves"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("exports"))
+    formats, data = ("onnx", "openvino", "torchscript"), pictures()
+    made = exports.export(own, formats, ("float32", "plan"), data=data, timing=QUICK, bake_preprocessing=True)
+    assert [r.status for r in made] == ["PASS"] * 4 + ["refused"] * 2
+    assert "onnx and openvino only" in made[-2].reason
+    Image.fromarray(pictures(2)[1][0]).save(tmp_path / "right.png")
+    for row in made[:4]:
+        folder = (own / row.path).parent
+        assert folder.name.endswith("-pixels")
+        found = bundles.load(folder)
+        assert found.manifest["input"] == {
+            "name": "pixels", "shape": ["batch", 16, 16, 3], "layout": "NHWC", "dtype": "uint8",
+        }  # fmt: skip
+        fine, text = bundles.verify(found)
+        assert fine, text
+        (answer,) = answers(folder, [tmp_path / "right.png"], "en", 1)
+        assert answer.labels[0][0] == "1"
+        done = subprocess.run(
+            [sys.executable, str(folder / "run.py"), str(tmp_path / "right.png")], capture_output=True, text=True
+        )
+        assert done.stdout.split()[1] == "1", done.stderr
+
+
 def test_a_bundle_for_libtorch_brings_its_cpp_example(run: Path, rows: dict[tuple[str, str], exports.Row]) -> None:
     text = (run / "exports" / "torchscript-float32" / "run.cpp").read_text()
     assert "torch::jit::load" in text

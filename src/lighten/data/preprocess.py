@@ -60,4 +60,5 @@ def describe(how: Preprocess | None) -> str:
     if how.mode == "crop":
         scale = f"shorter side to {how.resize}, centre crop {how.width}x{how.height}"
     numbers = ", ".join(f"{m:g}" for m in how.mean) + " / " + ", ".join(f"{s:g}" for s in how.std)
-    return f"{how.channel_order}, {scale} ({how.interpolation}), /255, mean / std {numbers} ({how.source})"
+    where = ", inside the file" if how.inside else ""
+    return f"{how.channel_order}, {scale} ({how.interpolation}), /255, mean / std {numbers}{where} ({how.source})"

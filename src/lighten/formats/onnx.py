@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import BadBundle
-from lighten.types import Device, Precision, Weight
+from lighten.types import Device, Precision, Preprocess, Weight
 
 REQUIRES = ("onnx", "onnxscript")
 RUNS_ON = ("onnxruntime",)
@@ -78,6 +78,17 @@ def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
     return ()
+
+
+def bake(path: Path, how: Preprocess) -> None:
+    """Put normalisation and layout inside a written file: it takes uint8 pixels (N, H, W, C) from then on."""
+    import onnx
+
+    from lighten.kit.inside import into_onnx
+
+    model = into_onnx(onnx.load(str(path)), how)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
 
 
 def strip(model: Any) -> None:

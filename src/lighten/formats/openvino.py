@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lighten.errors import BadBundle, RefusedFormat
-from lighten.types import Device, Precision, Weight
+from lighten.types import Device, Precision, Preprocess, Weight
 
 if TYPE_CHECKING:
     from lighten.kit.onnx_graph import Packed
@@ -78,6 +79,20 @@ def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision
     _name_constants(converted)
     ov.save_model(converted, str(path), compress_to_fp16=precision.weights == "float16")
     return (path.with_suffix(".bin"),)
+
+
+def bake(path: Path, how: Preprocess) -> None:
+    """Put normalisation and layout inside a written file: it takes uint8 pixels (N, H, W, C) from then on."""
+    import openvino as ov
+
+    from lighten.kit.inside import into_openvino
+
+    with tempfile.TemporaryDirectory() as room:  # the weights are mapped from the file that is replaced
+        ov.save_model(
+            into_openvino(ov.Core().read_model(path), how), str(Path(room) / path.name), compress_to_fp16=False
+        )
+        for file in (path, path.with_suffix(".bin")):
+            shutil.copyfile(Path(room) / file.name, file)
 
 
 def _store(model: Any, packed: Mapping[str, Packed], half: Mapping[str, np.ndarray]) -> None:
