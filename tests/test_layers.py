@@ -47,7 +47,7 @@ ROOMS = {
     "userland",
 }
 PLUGINS = {"methods", "formats", "tasks"}
-HELPERS = {"quant", "kit", "data", "machine", "config", "devices", "models", "shapes"}
+HELPERS = {"quant", "kit", "data", "machine", "config", "devices", "models", "shapes", "heads"}
 
 PACKAGE = "lighten"
 MAY = {
@@ -56,19 +56,20 @@ MAY = {
     "errors": set(),
     "machine": set(),
     "shapes": {"types"},
+    "heads": set(),
     "config": BASE,
     # Written in the design: plugins -> errors.
     "plugins": {"errors"},
     "quant": {*BASE, "quant", "kit"},
     "data": {*BASE, "data", "plugins"},
-    "kit": {*BASE, "kit", "data", "shapes"},
+    "kit": {*BASE, "kit", "data", "shapes", "heads"},
     "devices": {*BASE, "machine"},
     # Demo models and how to train them: training scores itself by the task, and reads its YAML by config.
-    "models": {*BASE, "models", "data", "kit", "config", "plugins"},
+    "models": {*BASE, "models", "data", "kit", "config", "plugins", "heads"},
     # A student of another architecture is built by its name.
     "methods": {*BASE, "quant", "kit", "data", "machine", "models", "plugins"},
     "formats": {*BASE, "quant", "kit", "data", "machine", "plugins"},
-    "tasks": {*BASE, "quant", "kit", "data", "machine", "plugins"},
+    "tasks": {*BASE, "quant", "kit", "data", "machine", "plugins", "heads"},
     "search": {"types", "shapes", "search"},
     "advice": {"types"},
     "ledger": {*BASE, "data"},

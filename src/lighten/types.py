@@ -24,7 +24,7 @@ class Preprocess:
     """How an image file becomes the network's input; part of the model, so part of the manifest.
 
     `mode` "stretch" scales to height x width; "crop" scales the shorter side to `resize` (same aspect) and cuts
-    the centre. Pixels are then divided by 255, `mean` subtracted, divided by `std` (one value per channel, in
+    the centre; "letterbox" scales the whole image to fit (same aspect) and fills the rest with grey. Pixels are then divided by 255, `mean` subtracted, divided by `std` (one value per channel, in
     `channel_order`), and laid out NCHW float32; where `inside` is true the file does this itself and takes the pixels.
     """
 
@@ -42,8 +42,8 @@ class Preprocess:
     def __post_init__(self) -> None:
         checks = {
             "height and width must be 1 to 8192": 0 < self.height <= 8192 and 0 < self.width <= 8192,
-            "mode must be stretch or crop": self.mode in ("stretch", "crop"),
-            "resize is needed in crop mode and must cover the crop": self.mode == "stretch"
+            "mode must be stretch, crop or letterbox": self.mode in ("stretch", "crop", "letterbox"),
+            "resize is needed in crop mode and must cover the crop": self.mode != "crop"
             or (self.resize or 0) >= max(self.height, self.width),
             "interpolation must be nearest, bilinear, bicubic or lanczos": self.interpolation
             in ("nearest", "bilinear", "bicubic", "lanczos"),

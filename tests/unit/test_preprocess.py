@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lighten.data.preprocess import describe, normalize, to_pixels
+from lighten.data.preprocess import describe, frame_of, normalize, to_pixels
 from lighten.types import Preprocess
 
 transforms = pytest.importorskip("torchvision.transforms")
@@ -130,3 +130,33 @@ def test_describe_names_what_matters() -> None:
     line = describe(Preprocess(224, 192, "crop", 256, "bicubic", "BGR"))
     assert all(word in line for word in ("BGR", "256", "192x224", "bicubic", "0.485", "0.229"))
     assert "ready" in describe(None)
+
+
+def test_a_letterboxed_image_keeps_its_aspect_and_is_filled_with_grey() -> None:
+    """200 x 100 into 64 x 48: 64 x 32, eight grey rows above and below."""
+    image = np.full((100, 200, 3), (10, 20, 30), np.uint8)
+    got = to_pixels(image, Preprocess(48, 64, "letterbox"))
+    assert got.shape == (48, 64, 3)
+    assert (got[8:40] == (10, 20, 30)).all()
+    assert (got[:8] == 114).all()
+    assert (got[40:] == 114).all()
+
+
+@pytest.mark.parametrize("size", [(200, 100), (90, 301), (64, 48), (31, 17)])
+@pytest.mark.parametrize(
+    "how", [Preprocess(48, 64), Preprocess(48, 64, "letterbox"), Preprocess(48, 40, "crop", resize=60)]
+)
+def test_the_frame_says_where_a_point_of_the_image_lies_in_the_input(size: tuple[int, int], how: Preprocess) -> None:
+    """A bright block is found where its box is mapped to, by the pixels themselves."""
+    width, height = size
+    box = (0.3 * width, 0.3 * height, 0.7 * width, 0.7 * height)
+    left, top, right, bottom = (round(v) for v in box)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[top:bottom, left:right] = 255
+    frame = frame_of(width, height, how)
+    want = [left * frame.scale_x + frame.left, top * frame.scale_y + frame.top]
+    want += [right * frame.scale_x + frame.left, bottom * frame.scale_y + frame.top]
+    bright = to_pixels(image, how)[..., 0] > 140
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    got = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    np.testing.assert_allclose(got, np.clip(want, 0, [how.width, how.height] * 2), atol=1.0)
