@@ -120,7 +120,7 @@ def means_of(book: Ledger, found: scout.Scouted, run: Run) -> reach.Means:
     seconds = {f: file_s(book, f) for f in names}
     spare = min(SPARE_S, SPARE_SHARE * (run.clock.limit_s or 0.0))
     return reach.Means(
-        {f: scout.costs(found, f, book.trials, run.job) for f in names},
+        {f: scout.costs(found, f, book.trials, run.job, evidence_of(run.baseline)) for f in names},
         names,
         run.baseline,
         run.budget,

@@ -15,7 +15,7 @@ from lighten import cost
 from lighten.errors import RefusedFormat
 from lighten.plugins import get
 from lighten.search.widths import Costs, bits_harm, harms, layer_bytes, steps_of
-from lighten.types import ChannelGroup, Evidence, Job, LayerCost, LayerShape, Trial, WidthCost
+from lighten.types import ChannelGroup, Evidence, Job, LayerCost, LayerShape, Trial, WidthCost, level_ms
 from lighten.workshop import input_shape
 
 IMAGES, NORM_IMAGES = 256, 128
@@ -229,12 +229,12 @@ def _tensor(array: np.ndarray) -> Any:
 # --- from what was measured to what planning reads ----------------------------------------------------
 
 
-def costs(found: Scouted, format: str, trials: Iterable[Trial], job: Job) -> Costs:
-    """What planning needs for one format: layer times held to every int8 file that was measured whole, and what those
-    files hold beside their layers."""
+def costs(found: Scouted, format: str, trials: Iterable[Trial], job: Job, base: Evidence) -> Costs:
+    """What planning needs for one format: layer times held to every int8 file that was measured whole (beside the
+    original's, `base`), and what those files hold beside their layers."""
     seen = [t for t in trials if t.evidence and t.recipe.format == format and t.recipe.precision.weights == "int8"]
     networks = [(t.network or tuple(found.shapes.values()), t) for t in seen]
-    model = cost.calibrated(found.times[format], [(n, _evidence(t).p50(1)) for n, t in networks])
+    model = cost.calibrated(found.times[format], [(n, level_ms(_evidence(t), base)) for n, t in networks])
     spare = [_evidence(t).size.bytes - _bytes(n, t) for n, t in networks]
     return Costs(
         found.shapes,

@@ -413,6 +413,12 @@ def speedup(got: Evidence, base: Evidence) -> float:
     return got.beside.ratio if got.beside else base.p50(1) / got.p50(1)
 
 
+def level_ms(got: Evidence, base: Evidence) -> float:
+    """ms of one image as they would have been when the original was timed: what else the machine did then and now is
+    taken out, so that times of different minutes can be held to each other."""
+    return base.p50(1) / speedup(got, base)
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a trial has no evidence."""

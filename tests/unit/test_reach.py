@@ -10,7 +10,7 @@ from test_widths import costs
 from conftest import trial
 from lighten.search import reach
 from lighten.search.widths import predict
-from lighten.types import Budget, Failure, Precision, Recipe, Step, Trial
+from lighten.types import Beside, Budget, Failure, Precision, Recipe, Step, Trial
 
 BASE = trial(Recipe(), top1=90.0, error=0.5, size=120_000, ms=8.0)
 INT8 = Precision("int8", "int8")
@@ -75,8 +75,36 @@ def test_the_better_probe_gets_the_long_training_in_every_format_and_all_the_tim
 
 def test_a_probe_outside_the_limits_never_gets_the_long_training() -> None:
     first, second = reach.next_recipes(means(), ())
-    long = reach.next_recipes(means(), [measured(first, top1=70.0), measured(second, top1=75.0, ms=2.5)])
+    long = reach.next_recipes(means(), [measured(first, top1=74.5), measured(second, top1=75.0, ms=2.5)])
     assert {reach.widths_of(r) for r in long} == {reach.widths_of(first)}
+
+
+def test_between_a_far_better_probe_that_broke_a_limit_and_a_worse_one_that_kept_it_a_plan_is_tried() -> None:
+    """Of 2.0 ms allowed the better took 2.6 where 1.7 were expected; the next is planned for what is left after that."""
+    found = means()
+    first, second = reach.next_recipes(found, ())
+    done = [measured(first, top1=88.0, ms=2.6), measured(second, top1=82.0)]
+    again = reach.next_recipes(found, done)
+    assert again
+    assert all(map(reach.is_probe, again))
+    assert not {reach.plan_of(r) for r in again} & {reach.plan_of(first), reach.plan_of(second)}
+    wrong = (reach.expected(found, first).latency_ms or 0) / 2.6
+    assert all((reach.expected(found, r).latency_ms or 9) <= 2.0 * reach.ROOM * reach.TIME_ROOM * wrong for r in again)
+    done += [measured(r, top1=86.0) for r in again]
+    long = [r for r in reach.next_recipes(found, done) if not reach.is_probe(r)]
+    extra = [r for r in reach.next_recipes(found, done) if reach.is_probe(r)]
+    assert {reach.plan_of(r) for r in (*long, *extra)} == {reach.plan_of(again[0])}
+
+
+def test_limits_are_tightened_by_the_ratio_to_the_original_and_not_by_a_busy_minute() -> None:
+    """All times are doubled by other work, the original's too: nothing was overrun."""
+    found = means()
+    first, second = reach.next_recipes(found, ())
+    busy = Beside((3.0,), (16.0,))
+    done = [measured(first, top1=88.0, ms=3.0), measured(second, top1=82.0)]
+    done[0] = replace(done[0], evidence=replace(done[0].evidence, beside=busy))
+    chosen = reach.next_recipes(found, done)
+    assert {reach.plan_of(r) for r in chosen} == {reach.plan_of(first)}
 
 
 def test_where_every_probe_broke_a_limit_narrower_ones_are_planned() -> None:
@@ -265,8 +293,8 @@ def test_an_unchanged_network_is_no_plan_although_it_is_expected_to_fit() -> Non
     """It was measured outside the limit that it is predicted to keep."""
     whole = predict(costs(), {}).bytes
     found = replace(means(Budget(max_size_mb=1.1 * whole / 1e6)), costs={"onnx": costs(), "openvino": costs()})
-    plans = reach.candidates(found, 1.0, "onnx")
+    plans = reach.candidates(found, reach.Tighter(), "onnx")
     assert plans
     assert all(p.widths and p.predicted.bytes < whole for p in plans)
     loose = replace(found, budget=Budget(max_size_mb=100 * whole / 1e6))
-    assert reach.candidates(loose, 1.0, "onnx") == []
+    assert reach.candidates(loose, reach.Tighter(), "onnx") == []

@@ -13,7 +13,7 @@ import torch
 from scipy.special import rel_entr, softmax
 from torch import nn
 
-from conftest import trial
+from conftest import evidence, trial
 from lighten import cost, scout
 from lighten.data.splits import ArrayImages, Split
 from lighten.errors import RefusedFormat
@@ -23,6 +23,7 @@ from lighten.types import ChannelGroup, Data, Device, Job, LayerCost, LayerShape
 from nets import CLASSES, SHAPE, images, net
 
 PROTECT = ("fc",)
+BASE = evidence()
 DEVICE = Device("pc", "PC", "电脑", ("onnx",), channel_multiple=8)
 
 
@@ -222,7 +223,7 @@ def test_a_format_that_takes_no_single_layers_borrows_their_times_and_whole_file
     errors = []
     for format in ("litert", "onnx"):
         seen = dataclasses.replace(trial(dataclasses.replace(recipe, format=format), ms=60.0), network=whole)
-        held = scout.costs(found, format, [seen], job)
+        held = scout.costs(found, format, [seen], job, BASE)
         assert held.layer_ms is not None
         errors.append(1 - (held.other_ms + sum(map(held.layer_ms, whole))) / 60.0)
     assert abs(errors[0]) < 0.05  # one file decides where the times are borrowed
@@ -248,13 +249,13 @@ def test_costs_hold_what_files_take_beside_their_layers_and_ends_keep_their_bits
     found = dataclasses.replace(found, bits=tuple(rows), ends=("fc",))
     weights = sum(layer_bytes(s, 8) for s in found.shapes.values())
     recipe = Recipe((Step("quantize"),), Precision("int8", "int8"))
-    got = scout.costs(found, "onnx", [trial(recipe, size=int(weights) + 5000)], job)
+    got = scout.costs(found, "onnx", [trial(recipe, size=int(weights) + 5000)], job, BASE)
     assert got.other_bytes == pytest.approx(5000, abs=1)
     assert "fc" not in got.bits
     assert set(got.bits) == set(found.shapes) - {"fc"}
     assert all(harm == pytest.approx(0.3) for harm in got.bits.values())
     strangers = [trial(Recipe(), size=10**7), trial(dataclasses.replace(recipe, format="openvino"), size=10**7)]
-    assert scout.costs(found, "onnx", strangers, job).other_bytes == 0
+    assert scout.costs(found, "onnx", strangers, job, BASE).other_bytes == 0
 
 
 def test_a_narrowed_file_is_held_to_the_layers_that_it_has(job: Job, timed: list[str]) -> None:
@@ -262,6 +263,6 @@ def test_a_narrowed_file_is_held_to_the_layers_that_it_has(job: Job, timed: list
     layer = LayerShape("a", "conv", 8, 8, (1, 1), (1, 1), (0, 0), (1, 1), source=(4, 4))
     recipe = Recipe((Step("channel_prune"), Step("quantize")), Precision("int8", "int8", (("a", "int4", "int8"),)))
     one = dataclasses.replace(trial(recipe, size=1000), network=(layer,))
-    assert scout.costs(found, "onnx", [one], job).other_bytes == pytest.approx(
+    assert scout.costs(found, "onnx", [one], job, BASE).other_bytes == pytest.approx(
         1000 - 32 - 72
     )  # 4 bits, 9 bytes a channel

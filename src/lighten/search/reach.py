@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lighten.search.widths import Costs, Limits, Plan, even, fitted, predict
-from lighten.types import Budget, Evidence, Precision, Predicted, Recipe, Step, Trial
+from lighten.types import Budget, Evidence, Precision, Predicted, Recipe, Step, Trial, level_ms
 
 ROOM, TIME_ROOM = 0.97, 0.9
 """Shares of the limits that are planned for, of time the product: what is predicted is not what is measured, and a time
@@ -33,6 +33,14 @@ SACRIFICE = 1.0
 PROBE_LR, LONG_LR = 0.02, 0.05
 """Peaks of the learning rate: a short training must not leave what is there, a long one may go further."""
 NARROW = "channel_prune"
+
+
+@dataclass(frozen=True)
+class Tighter:
+    """Shares of the limits on bytes and ms that are planned for, after files that were not as predicted."""
+
+    bytes: float = 1.0
+    ms: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
 
     Probes are short trials of whole recipes (prune, train a little, quantize, measure the file), so that size and time
     are known before the long training, which only the best of them gets (one round of successive halving; Jamieson &
-    Talwalkar, 2016). Where every probe broke a limit, widths are planned anew for limits tightened by what was missed.
+    Talwalkar, 2016). Where every probe broke a limit, or a far better one did than those that keep them all, widths are
+    planned anew for tighter limits.
     Before the long training the best probe's network is written in the other formats too (`extra_files`), and where one
     that was asked for breaks a limit with it, widths are planned anew for that one, once.
     """
@@ -85,14 +94,41 @@ def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
     if long:
         return _again(means, long)
     if not probes:
-        return _probes(means, 1.0, _fastest(means))
-    inside = [t for t in probes if t.evidence and not _cost_misses(means, t.evidence)]
-    if inside:
-        return extra_files(means, _best(inside), probes) or _decided(means, inside, probes)
+        return _probes(means, Tighter(), _fastest(means))
     measured = [t for t in probes if t.evidence]
-    if not measured or len(probes) > PLANS * REPLANS:
-        return ()
-    return _probes(means, min(_tightened(means, t) for t in measured[-PLANS:]), _fastest(means))
+    inside = [t for t in measured if not _cost_misses(means, _evidence(t))]
+    may_plan = bool(measured) and len(probes) <= PLANS * REPLANS
+    if not inside:
+        return _anew(means, measured[-PLANS:], probes) if may_plan else ()
+    better = _better_outside(inside, probes)
+    if better and may_plan and (again := _anew(means, [better], probes)):
+        return again
+    return extra_files(means, _best(inside), probes) or _decided(means, inside, probes)
+
+
+def _better_outside(inside: Sequence[Trial], probes: Sequence[Trial]) -> Trial | None:
+    """A probe that broke a limit and answers far better than all that keep them: something between them is worth a try.
+    None where a plan made after it keeps them, or once the best was written in more than one format, which decides."""
+    kept = {plan_of(t.recipe) for t in inside}
+    outside = [t for t in probes if t.evidence and plan_of(t.recipe) not in kept]
+    if not outside or _has_extra(probes):
+        return None
+    best = _best(outside)
+    if any(t in inside for t in probes[probes.index(best) + PLANS :]):
+        return None
+    return best if _evidence(best).metric.value - _evidence(_best(inside)).metric.value > SACRIFICE else None
+
+
+def _anew(means: Means, missed: Sequence[Trial], probes: Sequence[Trial]) -> tuple[Recipe, ...]:
+    """Probes of plans that were not tried yet, for limits tightened by what is still predicted wrong of the files that
+    overran them; where that gives nothing new, by what they overran."""
+    known = {plan_of(t.recipe) for t in probes}
+    for by in (_mistaken, _tightened):
+        shares = [by(means, t) for t in missed]
+        tighten = Tighter(min(s.bytes for s in shares), min(s.ms for s in shares))
+        if found := tuple(r for r in _probes(means, tighten, _fastest(means)) if plan_of(r) not in known):
+            return found
+    return ()
 
 
 def extra_files(means: Means, best: Trial, probes: Sequence[Trial]) -> tuple[Recipe, ...]:
@@ -132,7 +168,7 @@ def _decided(means: Means, inside: Sequence[Trial], probes: Sequence[Trial]) -> 
     known = [plan_of(t.recipe) for t in probes]
     if not everywhere and known[-1] in known[:-1]:
         worst = max(_broken(means, best.recipe, probes), key=lambda f: _excess(means, best.recipe, f))
-        if again := tuple(r for r in _probes(means, 1.0, worst) if plan_of(r) not in known):
+        if again := tuple(r for r in _probes(means, Tighter(), worst) if plan_of(r) not in known):
             return again
     return _long(means, _best(everywhere or inside).recipe)
 
@@ -165,14 +201,15 @@ def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda t: _evidence(t).metric.value)
 
 
-def candidates(means: Means, tighten: float, format: str) -> list[Plan]:
+def candidates(means: Means, tighten: Tighter, format: str) -> list[Plan]:
     """By the measured damages, and evenly (the control that tells whether measuring was worth it).
 
     A file that is expected to be inside the limits as it is was measured outside: they are tightened until it is not.
     """
     costs = means.costs[format]
-    for room in (ROOM * tighten * TIGHTER**k for k in range(MOST_TIGHTER)):
-        limits = goal(means.budget, _evidence(means.baseline), room)
+    for room in (ROOM * TIGHTER**k for k in range(MOST_TIGHTER)):
+        time_room = TIME_ROOM * tighten.ms / tighten.bytes
+        limits = goal(means.budget, _evidence(means.baseline), room * tighten.bytes, time_room)
         found = [p for p in (fitted(costs, limits), even(costs, limits)) if p is not None]
         if changed := [p for p in found if p.widths or p.int4]:
             return list(dict.fromkeys(changed))
@@ -193,7 +230,7 @@ def _fastest(means: Means) -> str:
 # --- recipes --------------------------------------------------------------------------------------
 
 
-def _probes(means: Means, tighten: float, format: str) -> tuple[Recipe, ...]:
+def _probes(means: Means, tighten: Tighter, format: str) -> tuple[Recipe, ...]:
     """A short trial of each candidate in the format that it is planned for."""
     seconds = 0.0 if means.left_s is None else max(LEAST_TRAINING_S, PROBE_SHARE * means.left_s)
     training = Step("distill", _pairs(epochs=PROBE_EPOCHS, lr=PROBE_LR, seconds=round(seconds, 1)))
@@ -267,12 +304,22 @@ def _cost_misses(means: Means, got: Evidence) -> bool:
     return bool(free.misses(got, _evidence(means.baseline)))
 
 
-def _tightened(means: Means, trial: Trial) -> float:
+def _mistaken(means: Means, trial: Trial) -> Tighter:
+    """What of a measured file the costs, which know it by now, still predict; at most 1."""
+    got, said = _evidence(trial), expected(means, trial.recipe)
+    ms = said.latency_ms / level_ms(got, _evidence(means.baseline)) if said.latency_ms else 1.0
+    return Tighter(min(1.0, said.bytes / got.size.bytes), min(1.0, ms))
+
+
+def _tightened(means: Means, trial: Trial) -> Tighter:
     """What the limits must be multiplied by so that a file that overran them as this one did would keep them."""
-    got = _evidence(trial)
-    limits = goal(means.budget, _evidence(means.baseline), 1.0, 1.0)
-    over = limits.excess(Predicted(got.size.bytes, got.p50(1)))
-    return 1 / (1 + max(over, 0.0) + (1 - ROOM))
+    got, base = _evidence(trial), _evidence(means.baseline)
+    limits = goal(means.budget, base, 1.0, 1.0)
+
+    def share(value: float, limit: float | None) -> float:
+        return 1 / (1 + max(0.0 if limit is None else value / limit - 1, 0.0) + (1 - ROOM))
+
+    return Tighter(share(got.size.bytes, limits.bytes), share(level_ms(got, base), limits.latency_ms))
 
 
 def _evidence(trial: Trial) -> Evidence:
