@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from lighten.types import Advice, ChannelGroup, Estimate, Evidence, LayerCost, Recipe, Size, Trial, WidthCost
+from lighten.types import Advice, ChannelGroup, Estimate, Evidence, LayerCost, Recipe, Size, Trial, WidthCost, level_ms
 
 WORST = 3
 """How many layers are named, but never more than a third of all: accusing everybody helps nobody."""
@@ -143,8 +143,9 @@ def _kept(recipe: Recipe) -> dict[str, int]:
     return {str(name): int(width) for pairs in found for name, width in dict(pairs).items()}
 
 
-def _far_off(trials: Iterable[Trial]) -> tuple[Advice, ...]:
-    rows = [(abs(p / m - 1), t, what, p, m) for t in trials for what, p, m in _foreseen(t) if m > 0]
+def _far_off(trials: Sequence[Trial]) -> tuple[Advice, ...]:
+    base = next((t.evidence for t in trials if t.evidence and not t.recipe.steps and not t.predicted), None)
+    rows = [(abs(p / m - 1), t, what, p, m) for t in trials for what, p, m in _foreseen(t, base) if m > 0]
     far = [row for row in rows if 100 * row[0] > WITHIN]
     if not far:
         return ()
@@ -161,12 +162,13 @@ def _far_off(trials: Iterable[Trial]) -> tuple[Advice, ...]:
     )
 
 
-def _foreseen(trial: Trial) -> list[tuple[str, float, float]]:
-    """What was predicted (MB, ms) beside what was measured."""
+def _foreseen(trial: Trial, base: Evidence | None) -> list[tuple[str, float, float]]:
+    """What was predicted (MB, ms) beside what was measured, on the original's clock where it is known."""
     p, got = trial.predicted, trial.evidence
     if p is None or got is None:
         return []
-    time = [] if p.latency_ms is None else [("latency", p.latency_ms, got.p50(1))]
+    took = level_ms(got, base) if base else got.p50(1)
+    time = [] if p.latency_ms is None else [("latency", p.latency_ms, took)]
     return [("size", p.bytes / 1e6, got.size.mb), *time]
 
 

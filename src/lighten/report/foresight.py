@@ -13,7 +13,7 @@ from lighten.report.spent import duration
 from lighten.report.texts import Texts
 from lighten.search.reach import is_probe, narrows
 from lighten.search.widths import Costs, bits_harm, damage, harms
-from lighten.types import Evidence, Predicted, Recipe, Result, Trial
+from lighten.types import Evidence, Predicted, Recipe, Result, Trial, level_ms
 
 WITHIN = 25.0
 """Percent of the measured value that a prediction may be off and still be called near."""
@@ -24,14 +24,17 @@ Rows = Sequence[tuple[int, str, Trial]]
 # --- predicted against measured ---------------------------------------------------------------------
 
 
-def predictions(rows: Rows, t: Texts) -> dict[str, Any]:
-    """Every measured file that something was predicted of, the share that came near, and both in a picture."""
+def predictions(rows: Rows, base: Evidence, t: Texts) -> dict[str, Any]:
+    """Every measured file that something was predicted of, the share that came near, and both in a picture.
+
+    Times are on the clock of the original (`base`), as the predictions are: what else the machine did is taken out.
+    """
     known = [(n, kind, trial, p, e) for n, kind, trial in rows if (p := trial.predicted) and (e := trial.evidence)]
     if not known:
         return {"predictions": ()}
     size = [(n, k, p.bytes / 1e6, e.size.mb) for n, k, _, p, e in known]
-    speed = [(n, k, p.latency_ms, e.p50(1)) for n, k, _, p, e in known if p.latency_ms is not None]
-    table = [{"number": n, "title": trial.recipe.title, "cells": _cells(p, e)} for n, _, trial, p, e in known]
+    speed = [(n, k, p.latency_ms, level_ms(e, base)) for n, k, _, p, e in known if p.latency_ms is not None]
+    table = [{"number": n, "title": trial.recipe.title, "cells": _cells(p, e, base)} for n, _, trial, p, e in known]
     planes = [(t["predicted_mb"], t["measured_mb"], size), (t["predicted_ms"], t["measured_ms"], speed)]
     return {
         "predictions": table,
@@ -50,12 +53,12 @@ def error(predicted: float, measured: float) -> float:
     return 100 * (predicted / measured - 1) if measured else math.nan
 
 
-def _cells(p: Predicted, e: Evidence) -> list[str]:
-    ms = p.latency_ms
+def _cells(p: Predicted, e: Evidence, base: Evidence) -> list[str]:
+    ms, took = p.latency_ms, level_ms(e, base)
     size = [significant(p.bytes / 1e6), significant(e.size.mb), _error(p.bytes, e.size.bytes)]
     if ms is None:
-        return [*size, "—", significant(e.p50(1)), "—"]
-    return [*size, significant(ms), significant(e.p50(1)), _error(ms, e.p50(1))]
+        return [*size, "—", significant(took), "—"]
+    return [*size, significant(ms), significant(took), _error(ms, took)]
 
 
 def _error(predicted: float, measured: float) -> str:

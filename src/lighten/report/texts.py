@@ -184,7 +184,7 @@ EN: Texts = {
     # predicted and measured
     "predicted": "Predicted against measured",
     "predicted_lead": "What each file was expected to take before it was built, from the cost of its layers, and what it took. Above zero "
-    "too much was predicted.",
+    "too much was predicted. Times are on the clock of the original, which each file was timed beside.",
     "near_bytes": "Size: {0} of {1} within {2}%.",
     "near_ms": "Latency: {0} of {1} within {2}%.",
     "predicted_mb": "predicted, MB (log)",
@@ -421,7 +421,7 @@ ZH: Texts = {
     "worst_groups": "最敏感的 {0} 组",
     "show_groups": "全部 {0} 组（按网络顺序）",
     "predicted": "预测与实测",
-    "predicted_lead": "每个文件在构建之前由各层成本预测的数值，以及实测的数值。误差大于零表示预测偏高。",
+    "predicted_lead": "每个文件在构建之前由各层成本预测的数值，以及实测的数值。误差大于零表示预测偏高。时间以原模型的计时为准：每个文件都与它交替计时。",
     "near_bytes": "大小：{1} 个中有 {0} 个误差在 {2}% 以内。",
     "near_ms": "延迟：{1} 个中有 {0} 个误差在 {2}% 以内。",
     "predicted_mb": "预测，MB（对数）",
