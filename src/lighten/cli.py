@@ -335,7 +335,10 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/NAME.")],
     formats: Annotated[str, typer.Option("--format", "--formats", help="Comma-separated, or all.")] = "all",
     precisions: Annotated[
-        str | None, typer.Option("--precision", "--precisions", help="Of float32, float16, plan [all three].")
+        str | None,
+        typer.Option(
+            "--precision", "--precisions", help="Of float32, float16, plan [these]; palette4, 6, 8 (Core ML)."
+        ),
     ] = None,
     data: Images = None,
     images: Annotated[int, typer.Option(min=16, help="Report images that each file answers.")] = 1000,

@@ -41,6 +41,8 @@ from lighten.types import (
 
 FOLDER, RECORD = "exports", "exports.json"
 PLAN = "plan"
+PALETTES = {name: Precision(name, "float32") for name in ("palette4", "palette6", "palette8")}
+"""Weights in tables of few values, which the float network gets as the file is written: Core ML has them."""
 SAME = {"float32": 99.9, "float16": 99.5}
 SAME_INTEGER = 99.5
 """Percent of the images that a file must answer like the program it was written from."""
@@ -111,7 +113,7 @@ def export(
     log: Log = lambda line: None,
 ) -> tuple[Row, ...]:
     """Write the winner of the finished run in folder `run` in every one of `formats` at every one of `precisions`
-    ("float32", "float16", "plan": what the run decided; default all three) under `run`/exports, and measure each file.
+    ("float32", "float16", "plan": what the run decided; default these three; "palette4", "palette6", "palette8") under `run`/exports, and measure each file.
 
     `data` is what the run was given (default: the built-in set of that name); `images` of its report split are used.
     `bake_preprocessing` puts normalisation and layout inside each file, which then takes uint8 pixels (N, H, W, C).
@@ -138,15 +140,15 @@ def wanted(result: Result, run: Path, formats: Sequence[str], precisions: Sequen
     """Every file that was asked for, format by format. Raises UnknownName, BadConfig, BadBundle."""
     for format in formats:
         get("formats", format)
-    known = {p.title: p for p in (Precision(), Precision("float16", "float16"))}
-    plan = planned(result)
+    floats = {p.title: p for p in (Precision(), Precision("float16", "float16"))}
+    known, plan = {**floats, **PALETTES}, planned(result)
     for name in precisions:
         if name not in (*known, PLAN) and (plan is None or name != plan.precision.weights):
             raise BadConfig(f"The run has no plan at precision {name!r}.", f"Known: {', '.join((*known, PLAN))}.")
     chosen: dict[Precision, Recipe] = {}
-    for name in precisions or (*known, PLAN):
-        if name in known:
-            chosen[known[name]] = Recipe(result.winning.recipe.steps, known[name])
+    for name in precisions or (*floats, PLAN):
+        if name in known:  # palettes too are written from the float network
+            chosen[known[name]] = Recipe(result.winning.recipe.steps)
         elif plan is not None:
             chosen[plan.precision] = plan
     files = {p: workshop.program_of(r, run / "artifacts") for p, r in chosen.items()}
@@ -244,7 +246,8 @@ def made(
         size = sum(f.stat().st_size for f in workshop.files_of(path, artifact))
         row = dataclasses.replace(row, path=str(path.relative_to(run)), bytes=size, fallbacks=tuple(reply["fallbacks"]))
         if reply["not_here"]:
-            yield dataclasses.replace(row, status="not run here", reason=reply["not_here"])
+            told = _simulated(path, one, format, job, reference)
+            yield dataclasses.replace(row, status="not run here", reason=reply["not_here"] + told)
             continue
         built = workshop.Built(
             dataclasses.replace(artifact, path=str(path.relative_to(run))), program.read(one.program), (), row.seconds
@@ -254,6 +257,21 @@ def made(
         if row.status == "PASS":
             bundled(row, artifact, result, run, given)
         yield row
+
+
+def _simulated(path: Path, one: Wanted, format: Any, job: Job, reference: workshop.Reference) -> str:
+    """Of a file that cannot run here: how its weights, read back from it, answer in torch. Nothing for plans, which
+    `check` holds to the last integer."""
+    from lighten.quant import program
+
+    if not hasattr(format, "simulate") or (one.precision.quantized and one.precision not in PALETTES.values()):
+        return ""
+    module = program.read(one.program)
+    some = reference.select.take(workshop.FIDELITY_IMAGES)
+    read_back = format.simulate(path, module, workshop.input_shape(job))
+    before, after = (workshop.torch_outputs(m, job, some) for m in (module, read_back))
+    same, right = workshop.agreement(before, after).same_top1, get("tasks", job.task).score(after, some.labels)
+    return f"; in torch, its weights answer like the program on {same:.1f} % of {len(some)} images, {right} %"
 
 
 def judged(row: Row, built: workshop.Built, job: Job, reference: workshop.Reference, run: Path, timing: Timing) -> Row:

@@ -374,9 +374,15 @@ class Beside:
     original_ms: tuple[float, ...]
 
     @property
+    def medians(self) -> tuple[float, float]:
+        """Of the original and of the file, in ms."""
+        return statistics.median(self.original_ms), statistics.median(self.ms)
+
+    @property
     def ratio(self) -> float:
         """How many times faster than the original."""
-        return statistics.median(self.original_ms) / statistics.median(self.ms)
+        original, own = self.medians
+        return original / own
 
 
 @dataclass(frozen=True)
