@@ -74,7 +74,8 @@ MAY = {
     "advice": {"types"},
     "ledger": {*BASE, "data"},
     "bench": {*BASE, "data", "machine", "plugins"},
-    "bundle": {*BASE, "data", "bench", "plugins"},
+    "examples": {*BASE},
+    "bundle": {*BASE, "data", "bench", "plugins", "examples"},
     "workshop": {*BASE, "data", "kit", "quant", "models", "plugins", "bench"},
     # Measures on little data what the search then reads.
     "scout": {*BASE, "quant", "kit", "plugins", "cost", "search", "workshop"},

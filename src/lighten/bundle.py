@@ -7,15 +7,16 @@ import io
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle
+from lighten.examples import examples
 from lighten.plugins import get
-from lighten.types import Preprocess, Result, Trial, from_json, to_json
+from lighten.types import Artifact, Preprocess, Result, Trial, from_json, to_json
 
 SCHEMA_VERSION = 1
 GOLDEN_IMAGES = 16
@@ -64,23 +65,30 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
     into = into or run_folder / "bundle"
     winner = result.winning
     assert winner.artifact is not None
+    shape = pixels.shape[1:] if pixels.dtype != np.uint8 else result.preprocess.input_shape if result.preprocess else ()
+    manifest = describe(result, [int(n) for n in shape])
     source = run_folder / winner.artifact.path
+    root = source.parents[len(Path(_file(winner.artifact)).parts) - 1]
     with whole_folder(into) as room:
-        for file in (source, *(source.parent / name for name in winner.artifact.companions)):
-            shutil.copyfile(file, room / file.name)
+        for name in (manifest["model"]["file"], *manifest["model"]["companions"]):
+            (room / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, room / name)
         _write_golden(room, winner, pixels, outputs)
         write_whole(room / "run.py", runner(winner.artifact.format))
-        if (example := _FILES / "cpp" / f"{winner.artifact.format}.cpp").exists():
-            shutil.copyfile(example, room / "run.cpp")
+        for name, text in examples(winner.artifact.format, manifest).items():
+            write_whole(room / name, text)
         write_whole(room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh)))
         write_whole(room / "README.md", readme(result))
-        shape = (
-            pixels.shape[1:] if pixels.dtype != np.uint8 else result.preprocess.input_shape if result.preprocess else ()
-        )
-        manifest = describe(result, [int(n) for n in shape])
-        manifest["files"] = {f.name: sha256_file(f) for f in sorted(room.iterdir())}
+        files = sorted(f for f in room.rglob("*") if f.is_file())
+        manifest["files"] = {f.relative_to(room).as_posix(): sha256_file(f) for f in files}
         write_whole(room / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     return into
+
+
+def _file(artifact: Artifact) -> str:
+    """The model's file as it lies in a bundle: some formats are a folder (model.mlpackage/Manifest.json)."""
+    depth = get("formats", artifact.format).SUFFIX.count("/")
+    return "/".join(Path(artifact.path).parts[-1 - depth :])
 
 
 def runner(format: str) -> str:
@@ -105,13 +113,14 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
     assert winner.artifact is not None
     evidence = to_json(winner.evidence)
     evidence["size"].pop("weights")
+    file = Path(_file(winner.artifact))
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
-            "file": Path(winner.artifact.path).name,
+            "file": file.as_posix(),
             "format": winner.artifact.format,
             "sha256": winner.artifact.sha256,
-            "companions": list(winner.artifact.companions),
+            "companions": [(file.parent / name).as_posix() for name in winner.artifact.companions],
             "source": result.model,
         },
         "task": result.task,
@@ -154,7 +163,7 @@ def readme(result: Result) -> str:
 
     given = input_of(how, list(how.input_shape) if how else [])
     values = {
-        "file": Path(winner.artifact.path).name,
+        "file": _file(winner.artifact),
         "runtime": " ".join(get("formats", winner.artifact.format).RUNS_ON).replace("_", "-"),
         "ran": winner.evidence.runtime,
         "precision": winner.recipe.precision.title,
@@ -203,12 +212,13 @@ def load(folder: Path) -> Bundle:
 
 
 def _check(folder: Path, name: str, want: str | None) -> None:
-    if Path(name).name != name or name in ("", ".", ".."):
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or "/".join(parts) != name or name.startswith("/") or set(name) & {"\\", ":"}:
         raise BadBundle(
             f"The manifest of {folder} names a file outside the bundle: {name!r}.", "Do not use this bundle."
         )
     path = folder / name
-    if path.is_symlink() or not path.is_file():
+    if any((folder.joinpath(*parts[:k])).is_symlink() for k in range(1, len(parts) + 1)) or not path.is_file():
         raise BadBundle(f"{path} is missing, or is not a plain file.", "Copy the whole bundle folder.")
     if want is None or sha256_file(path) != want:
         raise BadBundle(

@@ -140,10 +140,11 @@ def test_baked_preprocessing_takes_pixels_and_answers_the_same(run: Path, tmp_pa
         assert done.stdout.split()[1] == "1", done.stderr
 
 
-def test_a_bundle_for_libtorch_brings_its_cpp_example(run: Path, rows: dict[tuple[str, str], exports.Row]) -> None:
+def test_a_bundle_brings_the_cpp_example_of_its_runtime(run: Path, rows: dict[tuple[str, str], exports.Row]) -> None:
     text = (run / "exports" / "torchscript-float32" / "run.cpp").read_text()
     assert "torch::jit::load" in text
-    assert not (run / "exports" / "onnx-int8" / "run.cpp").exists()
+    assert "Ort::Session" in (run / "exports" / "onnx-int8" / "run.cpp").read_text()
+    assert not (run / "exports" / "openvino-int8" / "run.cpp").exists()
 
 
 def test_a_file_changed_after_its_manifest_is_refused(

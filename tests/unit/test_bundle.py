@@ -25,13 +25,13 @@ from lighten.data.images import open_image
 from lighten.data.preprocess import normalize, to_pixels
 from lighten.errors import BadBundle
 from lighten.runner import answers
-from lighten.types import Artifact, Budget, Device, Estimate, Final, Precision, Preprocess, Recipe, Result, Step
+from lighten.types import Artifact, Budget, Device, Estimate, Final, Precision, Preprocess, Recipe, Result, Step, Trial
 
 onnx = pytest.importorskip("onnx")
 
 CLASSES, CLASSES_ZH = ("red", "green", "blue", "dark"), ("红", "绿", "蓝", "暗")
 HOW = Preprocess(12, 16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
-FILES = ("model.onnx", "golden.npz", "run.py", "labels.txt", "README.md")
+FILES = ("model.onnx", "golden.npz", "run.py", "labels.txt", "README.md", "run.cpp", "run.kt", "run.swift")
 INT8 = Recipe((Step("quantize"),), Precision("int8", "int8"))
 
 
@@ -68,19 +68,24 @@ def own_answers(file: Path, x: np.ndarray) -> np.ndarray:
     return ort.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"input": x})[0]
 
 
+def result_of(won: Trial, how: Preprocess | None) -> Result:
+    """A run with one trial."""
+    score = Estimate(88.125, 1.0, 1800)
+    return Result(
+        verdict="PASS", misses=(), advice=(), budget=Budget(max_drop=1), device=Device("d", "d", "设备", ("onnx",)),
+        task="classification", model="colours", data="made up", classes=CLASSES, classes_zh=CLASSES_ZH, preprocess=how,
+        baseline=trial(Recipe()), trials=(won,), winner=won.id, final=Final(score, score, score, 0, ()),
+        environment={"python": "3"}, command="lighten compress", images={"report": 1800},
+    )  # fmt: skip
+
+
 def write_bundle(folder: Path, how: Preprocess | None = HOW, recipe: Recipe = INT8) -> Path:
     """A run folder with one trial, and its bundle."""
     file = folder / "artifacts" / recipe.id / "model.onnx"
     file.parent.mkdir(parents=True)
     file.write_bytes(model(how.channels if how else 3).SerializeToString())
     won = replace(trial(recipe), artifact=Artifact(str(file.relative_to(folder)), "onnx", sha256_file(file)))
-    score = Estimate(88.125, 1.0, 1800)
-    result = Result(
-        verdict="PASS", misses=(), advice=(), budget=Budget(max_drop=1), device=Device("d", "d", "设备", ("onnx",)),
-        task="classification", model="colours", data="made up", classes=CLASSES, classes_zh=CLASSES_ZH, preprocess=how,
-        baseline=trial(Recipe()), trials=(won,), winner=won.id, final=Final(score, score, score, 0, ()),
-        environment={"python": "3"}, command="lighten compress", images={"report": 1800},
-    )  # fmt: skip
+    result = result_of(won, how)
     dice = np.random.default_rng(0)
     if how is None:
         pixels: np.ndarray = dice.normal(size=(20, 3, 12, 16)).astype(np.float32)
@@ -182,7 +187,35 @@ def test_a_symlink_is_no_file_of_the_bundle(folder: Path, tmp_path: Path) -> Non
         bundles.load(folder)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/b", "..", ".", "", "run.py/"])
+def test_a_model_that_is_a_folder_keeps_its_shape(tmp_path: Path) -> None:
+    """Core ML's package: the model's file lies beside folders, and a changed file in them is named."""
+    recipe = replace(INT8, format="coreml")
+    home = tmp_path / "artifacts" / recipe.id / "model.mlpackage"
+    inner = ("Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin")
+    for k, name in enumerate(("Manifest.json", *inner)):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(b"part %d" % k)
+    file = home / "Manifest.json"
+    artifact = Artifact(str(file.relative_to(tmp_path)), "coreml", sha256_file(file), inner)
+    result = replace(result_of(replace(trial(recipe), artifact=artifact), HOW), path=str(tmp_path))
+    pixels: np.ndarray = np.zeros((2, HOW.height, HOW.width, HOW.channels), np.uint8)
+    made = bundles.write(result, tmp_path, pixels, np.zeros((2, len(CLASSES)), np.float32))
+    found = bundles.load(made)
+    assert found.model == made / "model.mlpackage" / "Manifest.json"
+    assert (made / "model.mlpackage" / inner[1]).read_bytes() == b"part 2"
+    assert "model.mlpackage" in (made / "run.swift").read_text("utf-8")
+    (made / "model.mlpackage" / inner[1]).write_bytes(b"part 3")
+    with pytest.raises(BadBundle, match=r"weight\.bin.*sha256"):
+        bundles.load(made)
+    shutil.move(made / "model.mlpackage" / "Data", tmp_path / "elsewhere")
+    (made / "model.mlpackage" / "Data").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadBundle, match="not a plain file"):
+        bundles.load(made)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/hostname", "a/../../x", "a//b", "a\\b", "C:x", "..", ".", "", "run.py/"]
+)
 @pytest.mark.parametrize("where", ["files", "file", "companions"])
 def test_names_that_lead_out_of_the_folder_are_refused(folder: Path, name: str, where: str) -> None:
     (folder.parent / "x").write_text("secret")
@@ -391,16 +424,13 @@ def test_run_py_says_when_the_model_takes_no_images(tmp_path: Path, photos: dict
         list(answers(made, [photos["rgb"]], "en", 3))
 
 
-@pytest.mark.parametrize(
-    "format", sorted(f.stem for f in (Path(bundles.__file__).parent / "bundle_files/loaders").glob("*"))
-)
+@pytest.mark.parametrize("format", plugins.names("formats"))
 def test_every_runtime_has_a_run_py_of_its_own(format: str) -> None:
     """Short, whole Python, and with no other runtime's loader in it."""
     text = bundles.runner(format)
     compile(text, "run.py", "exec")
     assert text.count("def load_model(") == 1
     assert len(text.splitlines()) < 80
-    assert format in plugins.names("formats")
 
 
 def test_run_py_is_short_and_needs_nothing_of_lighten(made: Path) -> None:

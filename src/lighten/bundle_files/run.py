@@ -27,8 +27,7 @@ def pixels(path):
         if image.mode.startswith("I"):  # 16-bit grey
             image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
         image = image.convert("L" if HOW["channel_order"] == "GRAY" else "RGB")
-    width, height = HOW["width"], HOW["height"]
-    size = (width, height)
+    width, height = size = HOW["width"], HOW["height"]
     if HOW["mode"] == "crop":
         short, (w, h) = HOW["resize"], image.size
         size = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
