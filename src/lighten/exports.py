@@ -21,7 +21,7 @@ from lighten import bundle, workshop
 from lighten.bench import Timing
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle, BadConfig, LightenError
-from lighten.plugins import get, missing_backends, names
+from lighten.plugins import get, missing_backends, names, task_of
 from lighten.types import (
     Artifact,
     Data,
@@ -270,7 +270,7 @@ def _simulated(path: Path, one: Wanted, format: Any, job: Job, reference: worksh
     some = reference.select.take(workshop.FIDELITY_IMAGES)
     read_back = format.simulate(path, module, workshop.input_shape(job))
     before, after = (workshop.torch_outputs(m, job, some) for m in (module, read_back))
-    same, right = workshop.agreement(before, after).same_top1, get("tasks", job.task).score(after, some.labels)
+    same, right = workshop.agreement(before, after).same_top1, task_of(job).score(after, some.labels)
     return f"; in torch, its weights answer like the program on {same:.1f} % of {len(some)} images, {right} %"
 
 

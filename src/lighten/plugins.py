@@ -7,6 +7,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lighten.errors import MissingBackend, UnknownName
 
@@ -32,6 +33,15 @@ def get(kind: str, name: str, *, needs: str | None = None) -> ModuleType:
     if needs and (missing := missing_backends(module, needs)):
         raise MissingBackend(f"{missing[0]} (needed by {name})", getattr(module, "EXTRA", "compress"))
     return module
+
+
+def task_of(job: Any) -> Any:
+    """The task of a Job, bound to its detector's head and the size of its input where it has a head. As `get` raises."""
+    module = get("tasks", job.task)
+    if job.head is None:
+        return module
+    how = job.preprocess
+    return module.bind(job.head, (how.width, how.height) if how else None)
 
 
 def missing_backends(module: ModuleType, needs: str = "REQUIRES") -> tuple[str, ...]:

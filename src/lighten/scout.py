@@ -13,7 +13,7 @@ import numpy as np
 
 from lighten import cost
 from lighten.errors import RefusedFormat
-from lighten.plugins import get
+from lighten.plugins import task_of
 from lighten.search.widths import Costs, bits_harm, harms, layer_bytes, steps_of
 from lighten.types import ChannelGroup, Evidence, Job, LayerCost, LayerShape, Trial, WidthCost, level_ms
 from lighten.workshop import input_shape
@@ -90,7 +90,7 @@ def scout(
 
     enough = share(SCAN_SHARE)
     shape = input_shape(job)
-    protect = get("tasks", job.task).protect(job.original)
+    protect = task_of(job).protect(job.original)
     shapes = channels.shapes(job.original, shape)
     groups = channels.groups(job.original, shape, protect)
     times = layer_times(job, tuple(shapes.values()), formats, share)
@@ -198,7 +198,7 @@ def _cost(
     channels.prune(model, input_shape(job), {group.name: width}, importance.scorer("l2", model), protect)
     norms.reestimate(model, x[:NORM_IMAGES].split(64))
     after = _outputs(model, x)
-    return WidthCost(group.name, width, divergence(before, after), get("tasks", job.task).drop(before, after, labels))
+    return WidthCost(group.name, width, divergence(before, after), task_of(job).drop(before, after, labels))
 
 
 def divergence(before: np.ndarray, after: np.ndarray) -> float:
@@ -257,7 +257,7 @@ def groups_of(job: Job) -> tuple[ChannelGroup, ...]:
     """The channel groups of the original."""
     from lighten.kit import channels
 
-    return channels.groups(job.original, input_shape(job), get("tasks", job.task).protect(job.original))
+    return channels.groups(job.original, input_shape(job), task_of(job).protect(job.original))
 
 
 def ends_of(job: Job) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lighten.heads import Head
 from lighten.plain import digest as digest
 from lighten.plain import from_json as from_json
 from lighten.plain import to_json as to_json
@@ -658,7 +659,8 @@ class Job:
     """What a method may use beside the model it owns: data, task, target, and the untouched original (the teacher).
 
     `scratch` is a folder where long steps keep unfinished state between two calls; empty where there is none. `arch`
-    is the name that the original can be built by, empty for a module of the user's own.
+    is the name that the original can be built by, empty for a module of the user's own. `head` says what a detector's
+    raw outputs mean; None for other tasks.
     """
 
     data: Data
@@ -672,3 +674,4 @@ class Job:
     scratch: str = ""
     say: Say = field(default=unsaid, compare=False)
     arch: str = ""
+    head: Head | None = None

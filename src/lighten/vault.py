@@ -12,7 +12,7 @@ from PIL import Image
 from lighten import workshop
 from lighten.data.cache import write_whole
 from lighten.ledger import Ledger
-from lighten.plugins import get
+from lighten.plugins import task_of
 from lighten.trials import Run
 from lighten.types import Final, Trial
 
@@ -29,7 +29,7 @@ def read_report(book: Ledger, winner: Trial, split: Any, run: Run) -> tuple[Fina
     run.log(f"reading the {len(split)} report images once, for {winner.recipe.title}")
     before = workshop.final_outputs(baseline, folder, split, job)
     after = before if winner.id == baseline.id else workshop.final_outputs(winner, folder, split, job)
-    task, labels = get("tasks", job.task), split.labels
+    task, labels = task_of(job), split.labels
     final = Final(
         task.score(before, labels),
         task.score(after, labels),

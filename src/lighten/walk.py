@@ -26,7 +26,7 @@ from lighten.machine import environment, this_machine
 from lighten.methods.quantize import NAMED, precisions
 from lighten.methods.quantize import Step as QuantizeStep
 from lighten.narrow import narrowed
-from lighten.plugins import get, missing_backends
+from lighten.plugins import get, missing_backends, task_of
 from lighten.trials import Here, Run, bench_for, evidence_of, tried, try_all
 from lighten.types import (
     Asked,
@@ -229,7 +229,7 @@ def weigh_in(book: ledger.Ledger, run: Run) -> tuple[ledger.Ledger, Run, worksho
     """The original, unchanged, as a file and in torch. Raises BadModel where it cannot be exported."""
     job, select = run.job, run.job.data.select
     outputs = workshop.torch_outputs(job.original, job, select)
-    score = get("tasks", job.task).score(outputs, select.labels)
+    score = task_of(job).score(outputs, select.labels)
     run.log(f"original in torch: top-1 {score} % on {len(select)} select images")
     for doubt in doubts(job, outputs):
         run.log(f"{doubt.level}: {doubt.what} {doubt.to_do}")
@@ -245,7 +245,7 @@ def weigh_in(book: ledger.Ledger, run: Run) -> tuple[ledger.Ledger, Run, worksho
 
 def doubts(job: Job, outputs: np.ndarray) -> list[Finding]:
     """Whether the model seems to want other preprocessing than it gets: no better than guessing, or better as BGR."""
-    task, sample = get("tasks", job.task), job.data.select.take(DOUBT_IMAGES)
+    task, sample = task_of(job), job.data.select.take(DOUBT_IMAGES)
     score = task.score(outputs, job.data.select.labels)
     found = [suspect_normalization(score.value, len(job.data.classes), score.n)]
 

@@ -18,7 +18,7 @@ from lighten import bench
 from lighten.data.cache import room_to_write, sha256_file, whole_folder
 from lighten.data.splits import Split
 from lighten.errors import DiskFull, LightenError, RefusedFormat
-from lighten.plugins import get
+from lighten.plugins import get, task_of
 from lighten.types import (
     Agreement,
     Artifact,
@@ -227,7 +227,7 @@ def apply_steps(recipe: Recipe, job: Job, made: Made) -> Module:
 
 def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: bench.Timing) -> Evidence:
     """Everything that is known of an artifact, from the file itself in its own runtime."""
-    task, select = get("tasks", job.task), reference.select
+    task, select = task_of(job), reference.select
     path = folder.parent / built.artifact.path
     base = reference.original
     beside = (folder.parent / base.path, base.format) if base else None

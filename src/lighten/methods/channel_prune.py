@@ -144,12 +144,12 @@ class Step:
     def _train(self, model: Any, part: str, epochs: float, bench: _Bench, before_step: Any = None) -> Any:
         """Learn from the original and the labels."""
         from lighten.kit.recover import Recovery, checkpoint_file, recover
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         job = bench.job
         settings = Recovery(epochs=epochs, batch=min(128, len(bench.training(part))))
         file = checkpoint_file(job, f"channel_prune-{part.replace(' ', '')}", (self, settings), model)
-        task = get("tasks", job.task)
+        task = task_of(job)
         return recover(model, job.original, settings, job, task=task, checkpoint=file, before_step=before_step)
 
     def _tell(self, model: Any, first: Sequence[ChannelGroup], bench: _Bench) -> None:
@@ -268,13 +268,13 @@ class _Bench:
 
     @classmethod
     def of(cls, model: Any, job: Job, step: Step) -> _Bench:
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         if job.data.calibrate is None or not len(job.data.calibrate):
             raise BadData("channel_prune: there are no calibration images.", "Give some: batch norms need them.")
         names = [name for name, _ in model.named_modules() if name]
         _named("layer", step.keep, names)
-        protect = (*get("tasks", job.task).protect(model), *step.keep)
+        protect = (*task_of(job).protect(model), *step.keep)
         one = job.data.calibrate.take(1).inputs(job.preprocess)
         return cls(job, step, tuple(one.shape[1:]), protect)
 
@@ -299,17 +299,17 @@ class _Bench:
 
     def scorer(self, model: Any, k: int) -> Callable[[Any], Any]:
         from lighten.kit.importance import LEARNED, scorer
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         kind = self.step.importance
         batches = self.labelled() if kind in LEARNED else []
-        return scorer(kind, model, batches, get("tasks", self.job.task).loss, self.job.seed + k)
+        return scorer(kind, model, batches, task_of(self.job).loss, self.job.seed + k)
 
     def damage(self, model: Any) -> float:
         """Points of top-1 lost on the calibrate split against the original."""
         from lighten.kit.infer import outputs
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         split = self.job.data.calibrate
         before, after = (outputs(m, split, self.job.preprocess) for m in (self.job.original, model))
-        return float(get("tasks", self.job.task).drop(before, after, split.labels).value)
+        return float(task_of(self.job).drop(before, after, split.labels).value)

@@ -57,14 +57,14 @@ class Step:
         not there. An interrupted training goes on from `job.scratch`.
         """
         from lighten.kit.recover import checkpoint_file, recover
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         if job.data.train is None or not len(job.data.train):
             raise BadConfig("distill: there are no training images.", "Give some (labels are not needed: distill 1).")
         if self.student:
             model = self._student(job)
         file = checkpoint_file(job, "distill", self, model)
-        return recover(model, job.original, self._recovery(), job, task=get("tasks", job.task), checkpoint=file)
+        return recover(model, job.original, self._recovery(), job, task=task_of(job), checkpoint=file)
 
     def _student(self, job: Job) -> Any:
         """The architecture with random weights and as many classes as the data has."""

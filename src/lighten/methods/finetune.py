@@ -42,7 +42,7 @@ class Step:
 
         from lighten.kit.norms import reestimate
         from lighten.kit.recover import checkpoint_file, recover
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         if job.data.train is None or not len(job.data.train):
             raise BadConfig("finetune: there are no training images.", "Give some, or leave this step out.")
@@ -53,7 +53,7 @@ class Step:
         reestimate(model, (torch.from_numpy(x) for x in some.batches(job.preprocess, size)))
         if not self.epochs:
             return model.eval()
-        return recover(model, None, self._recovery(), job, task=get("tasks", job.task), checkpoint=file)
+        return recover(model, None, self._recovery(), job, task=task_of(job), checkpoint=file)
 
     def _recovery(self) -> Any:
         from lighten.kit.recover import Recovery

@@ -80,13 +80,13 @@ class Step:
 
     def _candidates(self, model: Any, job: Job) -> list[str]:
         from lighten.kit import factors
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         modules = [name for name, _ in model.named_modules() if name]
         for name in self.keep:
             if name not in modules:
                 raise UnknownName("layer", name, modules)
-        kept = [*self.keep, *(() if self.ends else get("tasks", job.task).protect(model))]
+        kept = [*self.keep, *(() if self.ends else task_of(job).protect(model))]
         return [n for n in factors.layers(model) if n and not any(n == k or n.startswith(f"{k}.") for k in kept)]
 
     def _rank(self, weight: Any, basis: Any, device: Device) -> int:
@@ -109,14 +109,14 @@ class Step:
 
         if self.epochs:
             from lighten.kit.recover import Recovery, checkpoint_file, recover
-            from lighten.plugins import get
+            from lighten.plugins import task_of
 
             model = recover(
                 model.requires_grad_(True),
                 teacher if self.distill else None,
                 Recovery(self.epochs, self.seconds or None, lr=self.lr, distill=self.distill),
                 job,
-                task=get("tasks", job.task),
+                task=task_of(job),
                 checkpoint=checkpoint_file(job, "low_rank", self, model),
             )
         reestimate(model, self._images(job, self.images))

@@ -126,9 +126,9 @@ class Step:
         """Hinton et al., 2015, section 2: the teacher's softened answers and the labels, weighted."""
         import torch
 
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
-        task = get("tasks", job.task)
+        task = task_of(job)
 
         def loss(student: Any, x: Any, y: Any) -> Any:
             answers = student(x)

@@ -86,7 +86,7 @@ class Step:
     def _chosen(self, model: Any, job: Job) -> tuple[tuple[str, ...], dict[str, str]]:
         """The weights that get zeros, by parameter name, and why each of the others is left alone."""
         from lighten.kit import masks
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         modules = [name for name, _ in model.named_modules() if name]
         for name in self.keep:
@@ -94,7 +94,7 @@ class Step:
                 raise UnknownName("layer", name, modules)
         reasons = {
             "kept on request": self.keep,
-            "protected by the task": get("tasks", job.task).protect(model),
+            "protected by the task": task_of(job).protect(model),
             "depthwise": masks.depthwise(model),
         }
         found = masks.weights(model)
@@ -131,14 +131,14 @@ class Step:
             return model
         from lighten.kit import masks
         from lighten.kit.recover import Recovery, checkpoint_file, recover
-        from lighten.plugins import get
+        from lighten.plugins import task_of
 
         return recover(
             model.requires_grad_(True),
             teacher if self.distill else None,
             Recovery(self.epochs / self.rounds, self.seconds / self.rounds or None, lr=self.lr, distill=self.distill),
             job,
-            task=get("tasks", job.task),
+            task=task_of(job),
             checkpoint=checkpoint_file(job, f"sparsify-{done}", self, model),
             after_step=lambda network: masks.hold(network, gone),
         )
