@@ -235,3 +235,17 @@ def test_the_record_is_json_without_nan(run: Path, rows: dict[tuple[str, str], e
     text = (run / "exports" / "exports.json").read_text()
     assert "NaN" not in text
     assert len(json.loads(text)) == len(rows)
+
+
+def test_palettes_are_written_for_core_ml_alone_and_answer_as_they_were_read_back(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("coremltools")
+    own = tmp_path / "halves"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("exports"))
+    refused, made = exports.export(own, ("onnx", "coreml"), ("palette8",), data=pictures(), timing=QUICK)
+    assert refused.status == "refused"
+    assert "palette8" in refused.reason
+    if made.status == "not run here":
+        assert "weights answer like the program on 100.0 %" in made.reason
+    else:  # the net is small: a table must be worth its bytes
+        assert made.status in ("PASS", "failed"), made
+        assert made.status == "PASS" or "table" in made.reason

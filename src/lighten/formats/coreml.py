@@ -8,7 +8,8 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ INTEGERS = "quantized_decomposed"
 
 def refuses(precision: Precision, device: Device) -> str | None:
     """Why this format cannot give `precision` for `device`, or None."""
+    from lighten.kit.palettes import BITS
     from lighten.kit.precisions import impossible, is_dynamic
 
+    if precision.weights in BITS and precision.activations == "float32":
+        return "one palette serves the whole network: no single layers otherwise" if precision.exceptions else None
     if reason := impossible(precision):
         return reason
     if is_dynamic(precision):
@@ -74,12 +78,16 @@ def _is_composite(name: str) -> bool:
 def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision, device: Device) -> tuple[Path, ...]:
     """Write `module` as the package that `path` (its Manifest.json) lies in; returns the package's other files.
 
-    One image at a time: the Neural Engine takes fixed shapes only. Raises RefusedFormat naming the operator, or a
-    weight whose blocks Core ML cannot hold.
+    One image at a time: the Neural Engine takes fixed shapes only. With palettes (weights in tables of few values) all
+    else is float16, what is computed as well; such files need iOS 18 or macOS 15, since which groups of channels may have
+    tables of their own. Raises RefusedFormat naming the operator, or a weight whose blocks Core ML cannot hold.
     """
     from lighten.kit.coreml_check import BLOB, MODEL
+    from lighten.kit.palettes import BITS
 
     made = _convert(_program(module, shape), shape, precision)
+    if precision.weights in BITS:
+        made = _palettized(made, BITS[precision.weights])
     spec = made.get_spec()
     spec.description.metadata.ClearField("userDefined")  # holds the day it was converted
     raw = spec.SerializeToString(deterministic=True)
@@ -152,11 +160,16 @@ def _convert(program: Any, shape: tuple[int, ...], precision: Precision) -> Any:
     With integer activations the rest computes in float16, as the Neural Engine, which alone has integer kernels, needs.
     """
     from lighten.kit.coreml_check import INPUT, OUTPUT
+    from lighten.kit.palettes import BITS
     from lighten.kit.precisions import has_int4
     from lighten.kit.quiet import quiet
 
-    narrow = precision.weights == "float16" or precision.activations == "int8"
-    newest = has_int4(precision) or any("dequantize_affine" in str(n.target) for n in program.graph.nodes)
+    narrow = precision.weights in ("float16", *BITS) or precision.activations == "int8"
+    newest = (
+        has_int4(precision)
+        or precision.weights in BITS
+        or any("dequantize_affine" in str(n.target) for n in program.graph.nodes)
+    )
     try:
         with quiet():
             import coremltools as ct
@@ -173,6 +186,49 @@ def _convert(program: Any, shape: tuple[int, ...], precision: Precision) -> Any:
     except Exception as e:
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise RefusedFormat(f"Core ML cannot hold this model: {reason[:300]}", "Choose another format.") from e
+
+
+def _palettized(model: Any, bits: int) -> Any:
+    """The float16 model with its layers' weights in tables of 2^`bits` values; weights too small for one stay float16.
+
+    Raises RefusedFormat where all are: it would be a float16 file by another name.
+    """
+    from lighten.kit.palettes import FEWEST, best_table
+    from lighten.kit.quiet import quiet
+
+    with quiet():
+        from coremltools.optimize.coreml import OpPalettizerConfig, OptimizationConfig, palettize_weights
+
+        how = {
+            name: OpPalettizerConfig(
+                mode="custom",
+                lut_function=partial(best_table, bits=bits),
+                granularity="per_grouped_channel",
+                group_size=together,
+                channel_axis=axis,
+                weight_threshold=FEWEST,
+            )
+            for name, axis, together in _worth_a_table(model, bits)
+        }
+        if how:
+            return palettize_weights(model, OptimizationConfig(op_name_configs=how))
+    raise RefusedFormat(
+        f"No layer has more than {FEWEST} weights: none is worth a table of {2**bits} values.", "Export it in float16."
+    )
+
+
+def _worth_a_table(model: Any, bits: int) -> Iterator[tuple[str, int, int]]:
+    """Weights of layers by name, with their axis of output channels and how many of those share a table."""
+    from coremltools.optimize.coreml import get_weights_metadata
+
+    from lighten.kit.coreml_check import CHANNELS_OUT
+    from lighten.kit.palettes import FEWEST, channels_together
+
+    for name, weight in get_weights_metadata(model, weight_threshold=FEWEST).items():
+        readers = {op.op_type for op in weight.child_ops if op.params_name_mapping.get("weight") == name}
+        axes = {CHANNELS_OUT[kind] for kind in readers & set(CHANNELS_OUT)}
+        if len(axes) == 1 and (together := channels_together(weight.val.shape, axis := axes.pop(), bits)):
+            yield name, axis, together
 
 
 def _manifest(raw: bytes) -> str:
@@ -228,6 +284,27 @@ def check(path: Path, module: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
     return compare(read(path), _meant(graph), shape, int(classes), _rounded(graph))
 
 
+def simulate(path: Path, module: Any, shape: tuple[int, ...]) -> Any:
+    """`module`, float and for inputs (C, H, W), with the weights of its layers as the file holds them; batch norms are
+    folded as in the file. It computes in float32, so it shows what the weights lose, not the rounding of float16.
+
+    Raises BadBundle where the file is damaged, or holds no weights of a layer's shape.
+    """
+    import torch
+
+    from lighten.kit.coreml_check import held, read
+    from lighten.quant.graph import fold, layers, overwrite, parameter
+
+    graph = fold(module, shape)
+    names = [layer.weight for layer in layers(graph)]
+    stored = held(read(path), {name: parameter(graph, name).detach().float().numpy() for name in names})
+    if missing := [name for name in names if name not in stored]:
+        raise BadBundle(f"{path} holds no weights of the shape of {missing[0]}.", "Build the folder again.")
+    for name in names:
+        overwrite(graph, name, torch.from_numpy(np.ascontiguousarray(stored[name])))
+    return graph
+
+
 def _is_float(module: Any) -> bool:
     """Whether nothing of a module is rounded: its batch norms may still stand beside the convolutions."""
     import torch
@@ -273,27 +350,36 @@ def runtime() -> str:
 
 
 def weights(path: Path) -> tuple[Weight, ...]:
-    """Every tensor in weight.bin with its true type."""
-    from lighten.kit.coreml_check import read
+    """Every tensor in weight.bin with its true type; of palettes the indices (their zeros: of the weights they mean) and
+    the tables, `lut`."""
+    from lighten.kit.coreml_check import read, tensors
 
+    package = read(path)
+    meant = tensors(package)
     return tuple(
         Weight(
             one.owner if one.role == "val" else f"{one.owner}.{one.role}",
             one.dtype.lower(),
             tuple(one.value.shape),
             one.bytes,
-            float(np.mean(one.value == 0)) if one.value.size else 0.0,
+            float(np.mean((meant[one.owner] if one.role == "indices" else one.value) == 0)) if one.value.size else 0.0,
         )
-        for one in read(path).constants
+        for one in package.constants
         if one.role != "axis"
     )
 
 
 def fallbacks(path: Path) -> tuple[str, ...]:
-    """Operators of an integer program that compute in float16; () for float programs and weights alone."""
-    from lighten.kit.coreml_check import in_float, read
+    """Operators of an integer program that compute in float16, or layers of a palettized one that have no table; ()
+    for float programs and integer weights alone."""
+    from lighten.kit.coreml_check import in_float, palettes, read, without_table
 
     package = read(path)
+    if palettes(package):
+        return tuple(
+            f"{count} x {kind} with weights in float16: too few for a table"
+            for kind, count in sorted(without_table(package).items())
+        )
     if not package.quantized:
         return ()
     return tuple(f"{count} x {kind} in float16" for kind, count in sorted(in_float(package).items()))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import BadBundle
+from lighten.kit import palettes as tables_of
 
 INPUT, OUTPUT = "input", "output"
 MODEL, BLOB = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
@@ -20,8 +21,11 @@ TO_DO = "Fetch or build the whole folder again."
 BITS = {"FLOAT32": 32, "FLOAT16": 16, "INT32": 32, "INT16": 16, "UINT16": 16, "INT8": 8, "UINT8": 8, "INT4": 4,
         "UINT4": 4, "UINT6": 6, "UINT3": 3, "UINT2": 2, "UINT1": 1}  # fmt: skip
 
-CONSTANT = ("const", "constexpr_affine_dequantize", "constexpr_blockwise_shift_scale")
-LAYERS = ("conv", "conv_transpose", "linear")
+PALETTE = "constexpr_lut_to_dense"
+CONSTANT = ("const", "constexpr_affine_dequantize", "constexpr_blockwise_shift_scale", PALETTE)
+CHANNELS_OUT = {"conv": 0, "conv_transpose": 1, "linear": 0}
+"""Layers, and the axis of output channels of their weights."""
+LAYERS = tuple(CHANNELS_OUT)
 CLIPS = ("relu", "relu6", "clip")
 INTEGER = (*LAYERS, *CLIPS, "add", "mul", "concat", "max_pool", "avg_pool", "reduce_mean", "matmul", "pad")
 """Operators that have integer kernels, or only move values, where their inputs are dequantized."""
@@ -38,6 +42,8 @@ MOVING = (
 )
 SAME = {"FLOAT32": 1e-6, "FLOAT16": 1e-3}
 """How far a weight may be off, relative to the largest of its tensor: scales are rounded to the type of the program."""
+SMALLEST = {"FLOAT32": 1e-18, "FLOAT16": 2.0**-24}
+"""And in itself: the smallest step of float16, where all weights of a tensor are next to nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +136,65 @@ def tensors(package: Package) -> dict[str, np.ndarray]:
     parts: dict[str, dict[str, np.ndarray]] = {}
     for one in package.constants:
         parts.setdefault(one.owner, {})[one.role] = one.value.astype(np.float32)
-    return {name: _meaning(part) for name, part in parts.items()}
+    own = palettes(package)
+    return {name: own[name].dense if name in own else _meaning(part) for name, part in parts.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Palette:
+    """A weight as indices, and float32 tables of 2^bits values: as many dimensions as the weight, one more of values."""
+
+    indices: np.ndarray
+    tables: np.ndarray
+
+    @property
+    def dense(self) -> np.ndarray:
+        """The weight."""
+        return tables_of.dense(self.indices, self.tables)
+
+
+def palettes(package: Package) -> dict[str, Palette]:
+    """Weights that are held in tables, by name of operator (constexpr_lut_to_dense, of iOS 18). Raises BadBundle where
+    indices and tables do not fit each other."""
+    parts: dict[str, dict[str, Constant]] = {}
+    for one in package.constants:
+        if one.role in ("indices", "lut"):
+            parts.setdefault(one.owner, {})[one.role] = one
+    return {name: _palette(name, part) for name, part in parts.items()}
+
+
+def _palette(name: str, part: dict[str, Constant]) -> Palette:
+    try:
+        indices, lut = part["indices"], part["lut"]
+        if lut.value.shape[-2:] != (2 ** BITS[indices.dtype], 1):
+            raise ValueError(f"tables of shape {lut.value.shape} for {indices.dtype.lower()} indices")
+        found = Palette(indices.value.astype(np.intp), lut.value[..., 0].astype(np.float32))
+        found.dense  # noqa: B018  # raises where shapes do not fit
+    except (KeyError, ValueError) as e:
+        raise BadBundle(f"{name} in the Core ML package cannot be read: {e}", TO_DO) from e
+    return found
+
+
+def without_table(package: Package) -> Counter[str]:
+    """Layers whose weights are in no table, by type."""
+    own = palettes(package)
+    layers = [op for op in package.operators if op.type in LAYERS]
+    return Counter(op.type for op in layers if op.inputs["weight"].arguments[0].name not in own)
+
+
+def held(package: Package, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of each of the float32 `weights` of a network what the file holds for it: the nearest tensor of its shape.
+
+    Names do not survive the conversion. A weight is left out where no tensor has its shape.
+    """
+    stored = tensors(package)
+    found = {name: _nearest(stored, value) for name, value in weights.items()}
+    return {name: stored[one] for name, one in found.items() if one is not None}
+
+
+def _nearest(stored: dict[str, np.ndarray], value: np.ndarray) -> str | None:
+    same = [name for name, one in stored.items() if one.shape == value.shape]
+    return min(same, key=lambda name: float(np.square(stored[name] - value).sum()), default=None)
 
 
 def _meaning(part: dict[str, np.ndarray]) -> np.ndarray:
@@ -220,12 +284,14 @@ def _operators(package: Package, layers: int, rounded: int) -> Iterator[str]:
 
 
 def _weights(package: Package, wanted: dict[str, np.ndarray]) -> Iterator[str]:
-    there = list(tensors(package).values())
-    half = any(one.dtype == "FLOAT16" for one in package.constants)
-    tolerance = SAME["FLOAT16" if half else "FLOAT32"]
+    there, own = tensors(package), palettes(package)
+    kind = "FLOAT16" if any(one.dtype == "FLOAT16" for one in package.constants) else "FLOAT32"
     for name, value in wanted.items():
-        near = [float(np.abs(t - value).max()) for t in there if t.shape == value.shape]
-        if not near:
+        nearest, slack = _nearest(there, value), SAME[kind] * float(np.abs(value).max()) + SMALLEST[kind]
+        if nearest is None:
             yield f"{name}: no tensor of shape {value.shape} is stored"
-        elif min(near) > tolerance * max(float(np.abs(value).max()), 1e-12):
-            yield f"{name}: the stored values are off by {min(near):.3g}"
+        elif nearest in own:
+            if problem := tables_of.problem(value, own[nearest].indices, own[nearest].tables, slack):
+                yield f"{name}: {problem}"
+        elif (off := float(np.abs(there[nearest] - value).max())) > slack:
+            yield f"{name}: the stored values are off by {off:.3g}"

@@ -25,7 +25,7 @@ def into_onnx(model: Any, how: Preprocess) -> Any:
         f"{PIXELS}_{name}": np.asarray(value, np.float32).reshape(1, -1, 1, 1)
         for name, value in (("largest", [255.0]), ("mean", how.mean), ("std", how.std))
     }
-    steps = (
+    steps: tuple[tuple[str, list[str], dict[str, Any]], ...] = (
         ("Transpose", [PIXELS], {"perm": [0, 3, 1, 2]}),
         ("Cast", [], {"to": TensorProto.FLOAT}),
         ("Div", [f"{PIXELS}_largest"], {}),
