@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lighten import bundle, workshop
 from lighten.bench import Timing
 from lighten.data.cache import sha256_file, whole_folder, write_whole
@@ -126,10 +128,10 @@ def export(
     todo = wanted(result, run, formats, precisions)
     if bake_preprocessing:
         todo = tuple(dataclasses.replace(w, inside=_inside(result)) for w in todo)
-    job, reference = job_of(result, run, data, images, device or result.device, progress)
+    programs = Programs(*job_of(result, run, data, images, device or result.device, progress))
     rows: list[Row] = []
     for one in groups(todo):
-        for row in made(one, result, run, job, reference, timing, log):
+        for row in made(one, result, run, programs, timing):
             log(line_of(row))
             rows.append(row)
             _record(run / FOLDER / RECORD, row)
@@ -209,18 +211,26 @@ def job_of(
     return job, workshop.Reference(split, outputs, result.baseline.artifact)
 
 
-def made(
-    group: Sequence[Wanted],
-    result: Result,
-    run: Path,
-    job: Job,
-    reference: workshop.Reference,
-    timing: Timing,
-    log: Log,
-) -> Iterator[Row]:
-    """The rows of one format."""
-    from lighten.quant import program
+class Programs:
+    """What each program answers to the images: run once, in torch, however many formats are written from it."""
 
+    def __init__(self, job: Job, reference: workshop.Reference) -> None:
+        self.job, self.reference = job, reference
+        self.known: dict[Path, tuple[Any, np.ndarray]] = {}
+
+    def read(self, file: Path) -> tuple[Any, np.ndarray]:
+        """The module, and its answers to all images of the reference."""
+        from lighten.quant import program
+
+        if file not in self.known:
+            module = program.read(file)
+            self.known[file] = module, workshop.torch_outputs(module, self.job, self.reference.select)
+        return self.known[file]
+
+
+def made(group: Sequence[Wanted], result: Result, run: Path, programs: Programs, timing: Timing) -> Iterator[Row]:
+    """The rows of one format."""
+    job, reference = programs.job, programs.reference
     name, format, pixels = group[0].format, get("formats", group[0].format), group[0].inside is not None
     base = result.baseline.evidence.size.bytes if result.baseline.evidence else 0
     if missing := missing_backends(format):
@@ -246,12 +256,12 @@ def made(
         size = sum(f.stat().st_size for f in workshop.files_of(path, artifact))
         row = dataclasses.replace(row, path=str(path.relative_to(run)), bytes=size, fallbacks=tuple(reply["fallbacks"]))
         if reply["not_here"]:
-            told = _simulated(path, one, format, job, reference)
+            told = _simulated(path, one, format, programs)
             yield dataclasses.replace(row, status="not run here", reason=reply["not_here"] + told)
             continue
-        built = workshop.Built(
-            dataclasses.replace(artifact, path=str(path.relative_to(run))), program.read(one.program), (), row.seconds
-        )
+        module, answers = programs.read(one.program)
+        artifact = dataclasses.replace(artifact, path=str(path.relative_to(run)))
+        built = workshop.Built(artifact, module, (), row.seconds, answers=answers)
         given = dataclasses.replace(job, preprocess=one.inside or job.preprocess)
         row = judged(row, built, given, reference, run, timing)
         if row.status == "PASS":
@@ -259,19 +269,16 @@ def made(
         yield row
 
 
-def _simulated(path: Path, one: Wanted, format: Any, job: Job, reference: workshop.Reference) -> str:
+def _simulated(path: Path, one: Wanted, format: Any, programs: Programs) -> str:
     """Of a file that cannot run here: how its weights, read back from it, answer in torch. Nothing for plans, which
     `check` holds to the last integer."""
-    from lighten.quant import program
-
     if not hasattr(format, "simulate") or (one.precision.quantized and one.precision not in PALETTES.values()):
         return ""
-    module = program.read(one.program)
-    some = reference.select.take(workshop.FIDELITY_IMAGES)
-    read_back = format.simulate(path, module, workshop.input_shape(job))
-    before, after = (workshop.torch_outputs(m, job, some) for m in (module, read_back))
-    same, right = workshop.agreement(before, after).same_top1, task_of(job).score(after, some.labels)
-    return f"; in torch, its weights answer like the program on {same:.1f} % of {len(some)} images, {right} %"
+    job, select = programs.job, programs.reference.select
+    module, before = programs.read(one.program)
+    after = workshop.torch_outputs(format.simulate(path, module, workshop.input_shape(job)), job, select)
+    same, right = workshop.agreement(before, after).same_top1, task_of(job).score(after, select.labels)
+    return f"; in torch, its weights answer like the program on {same:.1f} % of {len(select)} images, {right} %"
 
 
 def judged(row: Row, built: workshop.Built, job: Job, reference: workshop.Reference, run: Path, timing: Timing) -> Row:
@@ -299,7 +306,8 @@ def bundled(row: Row, artifact: Artifact, result: Result, run: Path, job: Job) -
     )
     some = job.data.select.take(bundle.GOLDEN_IMAGES)
     outputs = workshop.final_outputs(trial, run, some, job)
-    bundle.write(own, run, workshop.decoded(some), outputs, (run / row.path).parent)
+    folder = run.joinpath(*Path(row.path).parts[:2])  # some formats are a folder in it
+    bundle.write(own, run, workshop.decoded(some), outputs, folder)
 
 
 # --- the process that writes ------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ FIDELITY_IMAGES = 256
 
 @dataclass(frozen=True)
 class Built:
-    """An artifact on disk, and the torch module it was exported from (for fidelity)."""
+    """An artifact on disk, and the torch module it was exported from (for fidelity), with what that answers on the first
+    select images where it is known.
+    """
 
     artifact: Artifact
     module: Any
@@ -48,6 +50,7 @@ class Built:
     seconds: float
     notes: tuple[str, ...] = ()
     network: tuple[LayerShape, ...] = ()
+    answers: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,9 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
     base = reference.original
     beside = (folder.parent / base.path, base.format) if base else None
     got = bench.measure(path, built.artifact.format, decoded(select), job.preprocess, timing=timing, beside=beside)
-    before, labels = reference.outputs, select.labels
+    before, labels, wanted = reference.outputs, select.labels, built.answers
+    if wanted is None:
+        wanted = torch_outputs(built.module, job, select.take(FIDELITY_IMAGES))
     return Evidence(
         metric_name=task.METRIC,
         metric=task.score(got.outputs, labels),
@@ -244,9 +249,7 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
         throughput=got.throughput,
         memory_mb=got.memory_mb,
         size=size_of(path, built.artifact),
-        fidelity=agreement(
-            torch_outputs(built.module, job, select.take(FIDELITY_IMAGES)), got.outputs[:FIDELITY_IMAGES]
-        ),
+        fidelity=agreement(wanted, got.outputs[: len(wanted)]),
         drift=agreement(before, got.outputs),
         runtime=got.runtime,
         beside=got.beside,
