@@ -100,7 +100,7 @@ def _write_symmetric(module: Any, shape: tuple[int, ...], path: Path) -> None:
     model = lower(to_onnx(module, shape), unsigned=False, biases=False)
     make_symmetric(model)
     drop_unused_constants(model)
-    get("formats", "onnx").strip(model)
+    get("formats", "onnx").strip(model, keep_names=True)  # TensorRT's messages name them
     onnx.checker.check_model(model)
     if broken := broken_rules(model):
         raise RefusedFormat(f"tensorrt cannot take this graph: {broken[0]}.", "Leave that layer in float.")
