@@ -103,8 +103,27 @@ def strip(model: Any, keep_names: bool = False) -> None:
         del node.metadata_props[:]
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
-    if not keep_names and not any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute):
+    if any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute):
+        return  # inner graphs read the outer one's values by name
+    _store_once(model.graph)
+    if not keep_names:
         _short_names(model.graph)
+
+
+def _store_once(graph: Any) -> None:
+    """Tensors of the same kind, shape and bytes under one name: an integer file repeats zero points and scales."""
+    outside = {v.name for v in (*graph.input, *graph.output)}
+    first: dict[tuple[Any, ...], str] = {}
+    same: dict[str, str] = {}
+    for init in graph.initializer:
+        key = init.data_type, tuple(init.dims), init.raw_data
+        if init.raw_data and init.name not in outside and first.setdefault(key, init.name) != init.name:
+            same[init.name] = first[key]
+    kept = [init for init in graph.initializer if init.name not in same]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
 
 
 def _short_names(graph: Any) -> None:
