@@ -132,7 +132,7 @@ def verdict(rows: tuple[exports.Row, ...]) -> str:
     ]
     base = next((r.evidence.drop.value for r in int8 if r.format == "onnx" and r.evidence), 0.0)
     ran = [(r.format, r.evidence.drop.value - base) for r in int8 if r.evidence]
-    far = [f"{f} {d:+.2f} pt" for f, d in ran if d > MOST_DROP]
+    far = [f"{f} {d:+.2f} pt" for f, d in ran if round(d, 2) > MOST_DROP]
     return (
         f"int8 files over {MOST_SHARE:g} % of float32: {', '.join(large) or 'none'} (of {len(int8)}). More than "
         f"{MOST_DROP:g} pt below the ONNX int8 file: {', '.join(far) or 'none'} (of {len(ran)} that ran)."
