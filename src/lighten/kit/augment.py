@@ -16,6 +16,15 @@ def to_input(pixels: Tensor, how: Preprocess | None) -> Tensor:
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
+def views(
+    pixels: Tensor, labels: Tensor, shift: float, flip: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each image as it is seen this time, and its labels: boxes (N, M, 6) go where their objects go."""
+    if labels.ndim == 3 and pixels.dtype == torch.uint8:
+        return with_boxes(pixels, labels, shift, flip, generator)
+    return crop_and_flip(pixels, shift, flip, generator), labels
+
+
 def crop_and_flip(pixels: Tensor, shift: float, flip: bool, generator: torch.Generator) -> Tensor:
     """Each image moved by up to `shift` of its size (edges mirrored) and, half of the time, mirrored.
 

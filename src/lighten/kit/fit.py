@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lighten.data.cache import write_whole
 from lighten.errors import BadConfig
-from lighten.kit.augment import crop_and_flip, cut_out, to_input, with_boxes
+from lighten.kit.augment import cut_out, to_input, views
 from lighten.types import Job, digest, to_json
 
 IN_MEMORY = 3_000_000_000
@@ -428,11 +428,7 @@ def _batch(run: _Run, job: Job) -> tuple[Tensor, Tensor]:
         pixels = run.pixels[rows.to(run.device)]
     else:
         pixels = torch.from_numpy(job.data.train.pixels(job.preprocess, rows.numpy())).to(run.device)
-    labels = run.labels[rows.to(run.device)]
-    if job.head is not None and pixels.dtype == torch.uint8:
-        pixels, labels = with_boxes(pixels, labels, s.shift, s.flip, local)
-    else:
-        pixels = crop_and_flip(pixels, s.shift, s.flip, local)
+    pixels, labels = views(pixels, run.labels[rows.to(run.device)], s.shift, s.flip, local)
     x = to_input(pixels, job.preprocess)
     x = cut_out(x, s.cutout, local) if s.cutout else x
     return x.contiguous(memory_format=torch.channels_last), labels
