@@ -45,6 +45,9 @@ ROOMS = {
     "narrow",
     "vault",
     "userland",
+    "eye",
+    "video",
+    "targets",
 }
 PLUGINS = {"methods", "formats", "tasks"}
 HELPERS = {"quant", "kit", "data", "machine", "config", "devices", "models", "shapes", "heads"}
@@ -75,7 +78,7 @@ MAY = {
     "ledger": {*BASE, "data"},
     "bench": {*BASE, "data", "machine", "plugins"},
     "examples": {*BASE},
-    "bundle": {*BASE, "data", "bench", "plugins", "examples"},
+    "bundle": {*BASE, "data", "bench", "plugins", "examples", "heads"},
     "workshop": {*BASE, "data", "kit", "quant", "models", "plugins", "bench"},
     # Measures on little data what the search then reads.
     "scout": {*BASE, "quant", "kit", "plugins", "cost", "search", "workshop"},
@@ -83,10 +86,14 @@ MAY = {
     "clock": set(),
     "trials": {*BASE, "plugins", "bench", "clock", "ledger", "search", "workshop", "worker"},
     "narrow": {*BASE, "ledger", "scout", "search", "trials", "workshop"},
-    "vault": {*BASE, "data", "ledger", "plugins", "trials", "workshop"},
+    "vault": {*BASE, "data", "kit", "ledger", "plugins", "trials", "workshop"},
     # Times the one-layer files of quant/timing in the format's own runtime.
     "cost": {*BASE, "quant", "data", "machine", "plugins"},
-    "runner": {*BASE, "data", "machine", "plugins", "bench", "bundle"},
+    "video": {*BASE, "data", "plugins"},
+    "targets": {*BASE, "data", "video"},
+    # Draws what is seen.
+    "eye": {*BASE, "data", "kit", "machine", "plugins", "bench", "bundle"},
+    "runner": {*BASE, "data", "machine", "bench", "bundle", "eye", "targets", "video"},
     "userland": {*BASE, "data"},
     "emulate": {*BASE, "data", "machine", "plugins", "bench", "bundle", "userland"},
     "remote": {*BASE, "data", "plugins", "bundle"},
@@ -206,7 +213,7 @@ def test_the_lowest_rooms_need_only_the_standard_library(name: str) -> None:
             assert top in (*sys.stdlib_module_names, PACKAGE), f"{file.name}:{line} imports {module}"
 
 
-@pytest.mark.parametrize("name", ["search", "ledger", "bundle", "bench", "runner", "report"])
+@pytest.mark.parametrize("name", ["search", "ledger", "bundle", "bench", "eye", "runner", "targets", "video", "report"])
 def test_rooms_that_a_device_or_a_reader_uses_know_no_torch(name: str) -> None:
     for file in files_of(name):
         assert not [m for m, _ in imports(file) if m.split(".")[0] in ("torch", "torchvision", "torchao", "onnx")]

@@ -13,14 +13,25 @@ WORST = 3
 EVEN = 2.0
 """The worst layers are guilty where their share of the damage is this many times that of any such number of layers."""
 HARMLESS = 1e-3
-"""Nats an image under which nobody is accused: by Pinsker's inequality the probabilities of an answer then move by
+"""Nats an image (of a detector, points of distance, for want of a better bound) under which nobody is accused: by Pinsker's inequality the probabilities of an answer then move by
 2 points in all, at most (total variation <= sqrt(KL / 2))."""
 
 WITHIN = 25.0
 """Percent of the measured value up to which a prediction is near enough that nobody need hear of it."""
 
 
-def guilty(costs: Iterable[LayerCost]) -> tuple[Advice, ...]:
+Unit = tuple[str, str]
+NATS: Unit = ("nats", "nat")
+DISTANCE: Unit = ("points of distance", "距离")
+"""What damage is counted in, in both languages: of a classifier, and of a detector's raw outputs."""
+
+
+def unit_of(task: str) -> Unit:
+    """What a task's damage is counted in."""
+    return NATS if task == "classification" else DISTANCE
+
+
+def guilty(costs: Iterable[LayerCost], unit: Unit = NATS) -> tuple[Advice, ...]:
     """For each precision of integers: the layers that do most of the damage, their share, and the price of sparing them.
 
     Nothing is said where a precision harms next to nothing, or of fewer than three layers. Rows that were not measured finite are left out.
@@ -30,11 +41,11 @@ def guilty(costs: Iterable[LayerCost]) -> tuple[Advice, ...]:
     for pair in dict.fromkeys((row.weights, row.activations) for row in rows):
         mine = [row for row in rows if (row.weights, row.activations) == pair]
         if pair[0].startswith("int") and len(mine) >= 3 and sum(row.damage for row in mine) >= HARMLESS:
-            found.append(_said(pair, mine, rows))
+            found.append(_said(pair, mine, rows, unit))
     return tuple(found)
 
 
-def _said(pair: tuple[str, str], mine: Sequence[LayerCost], rows: Sequence[LayerCost]) -> Advice:
+def _said(pair: tuple[str, str], mine: Sequence[LayerCost], rows: Sequence[LayerCost], unit: Unit) -> Advice:
     total = sum(row.damage for row in mine)
     worst = sorted(mine, key=lambda row: -row.damage)[: min(WORST, len(mine) // 3)]
     share = sum(row.damage for row in worst) / total
@@ -43,27 +54,27 @@ def _said(pair: tuple[str, str], mine: Sequence[LayerCost], rows: Sequence[Layer
     if share < EVEN * len(worst) / len(mine):
         return Advice(
             f"With {name} no layer is much guiltier than the rest: the worst {len(worst)} of {len(mine)} do {share:.0%} "
-            f"of the damage ({nats(total)} nats an image in all, each layer alone).",
+            f"of the damage ({nats(total)} {unit[0]} an image in all, each layer alone).",
             f"用 {name_zh}时没有哪一层特别有问题：{len(mine)} 层中最差的 {len(worst)} 层只占总损害的 {share:.0%}"
-            f"（逐层单独相加，每张图片共 {nats(total)} nat）。",
+            f"（逐层单独相加，每张图片共 {nats(total)} {unit[1]}）。",
         )
     listed = ", ".join(f"{row.layer} ({nats(row.damage)})" for row in worst)
     listed_zh = "、".join(f"{row.layer}（{nats(row.damage)}）" for row in worst)
-    spared, spared_zh = _sparing(worst, rows)
+    spared, spared_zh = _sparing(worst, rows, unit)
     return Advice(
-        f"With {name} the guilty layers are {listed}: {share:.0%} of {nats(total)} nats an image, each layer alone.{spared}",
-        f"用 {name_zh}时，损害最大的层是 {listed_zh}：占每张图片 {nats(total)} nat（逐层单独相加）的 {share:.0%}。{spared_zh}",
+        f"With {name} the guilty layers are {listed}: {share:.0%} of {nats(total)} {unit[0]} an image, each layer alone.{spared}",
+        f"用 {name_zh}时，损害最大的层是 {listed_zh}：占每张图片 {nats(total)} {unit[1]}（逐层单独相加）的 {share:.0%}。{spared_zh}",
     )
 
 
-def _sparing(worst: Sequence[LayerCost], rows: Sequence[LayerCost]) -> tuple[str, str]:
+def _sparing(worst: Sequence[LayerCost], rows: Sequence[LayerCost], unit: Unit) -> tuple[str, str]:
     """What the next finer precision that was measured for all of them costs in bytes, and the damage it leaves."""
     finer = _finer(worst, rows)
     if finer is None:
         return "", ""
     name, more, left = finer
-    en = f" Keeping {'it' if len(worst) == 1 else 'them'} at {name} costs {more} more and leaves {nats(left)} nats of theirs."
-    return en, f"让这些层保持 {name} 会多占 {more}，它们的损害降到 {nats(left)} nat。"
+    en = f" Keeping {'it' if len(worst) == 1 else 'them'} at {name} costs {more} more and leaves {nats(left)} {unit[0]} of theirs."
+    return en, f"让这些层保持 {name} 会多占 {more}，它们的损害降到 {nats(left)} {unit[1]}。"
 
 
 def _finer(worst: Sequence[LayerCost], rows: Sequence[LayerCost]) -> tuple[str, str, float] | None:
@@ -97,14 +108,20 @@ def nats(value: float) -> str:
 
 
 def narrowing(
-    groups: Sequence[ChannelGroup], widths: Iterable[WidthCost], winner: Recipe, trials: Sequence[Trial]
+    groups: Sequence[ChannelGroup],
+    widths: Iterable[WidthCost],
+    winner: Recipe,
+    trials: Sequence[Trial],
+    unit: Unit = NATS,
 ) -> tuple[Advice, ...]:
     """The most sensitive channel group and the one that `winner` narrowed most, predictions that were far off, and what
     zeros did to the file. Each only where it was measured; `trials` hold the original as well."""
-    return (*_channels(groups, widths, winner), *_far_off(trials), *_zeros(trials))
+    return (*_channels(groups, widths, winner, unit), *_far_off(trials), *_zeros(trials))
 
 
-def _channels(groups: Sequence[ChannelGroup], widths: Iterable[WidthCost], winner: Recipe) -> tuple[Advice, ...]:
+def _channels(
+    groups: Sequence[ChannelGroup], widths: Iterable[WidthCost], winner: Recipe, unit: Unit
+) -> tuple[Advice, ...]:
     known = {g.name: g.channels for g in groups}
     kept = {name: w for name, w in _kept(winner).items() if name in known}
     alone: dict[str, WidthCost] = {}
@@ -119,13 +136,13 @@ def _channels(groups: Sequence[ChannelGroup], widths: Iterable[WidthCost], winne
     en, zh = _left(worst.group, known, kept)
     there = alone.get(least)
     at = f"; alone at {there.width} it moved the answers by {nats(there.damage)}" if there else ""
-    at_zh = f"，单独保留 {there.width} 个时损害 {nats(there.damage)} nat" if there else ""
+    at_zh = f"，单独保留 {there.width} 个时损害 {nats(there.damage)} {unit[1]}" if there else ""
     total = known[worst.group]
     return (
         Advice(
-            f"The most sensitive channels are those of {worst.group}: {nats(worst.damage)} nats an image at {worst.width} of "
+            f"The most sensitive channels are those of {worst.group}: {nats(worst.damage)} {unit[0]} an image at {worst.width} of "
             f"{total}; {en}. Narrowed most was {least}, {known[least]} to {kept[least]}{at}.",
-            f"最敏感的通道组是 {worst.group}：{total} 个通道保留 {worst.width} 个时每张图片损害 {nats(worst.damage)} nat，{zh}。"
+            f"最敏感的通道组是 {worst.group}：{total} 个通道保留 {worst.width} 个时每张图片损害 {nats(worst.damage)} {unit[1]}，{zh}。"
             f"变窄最多的是 {least}：从 {known[least]} 到 {kept[least]}{at_zh}。",
         ),
     )
@@ -217,10 +234,10 @@ def seen_before(select: Estimate, report: Estimate) -> tuple[Advice, ...]:
         return ()
     return (
         Advice(
-            f"The original answers {select.value:.1f} % of the select images but only {report.value:.1f} % of the report "
+            f"The original gets {select.value:.1f} % on the select images but only {report.value:.1f} % on the report "
             "images: it was probably trained on the former, so drops measured there look larger than they are. Name the "
             "images that it was not trained on with --held-out.",
-            f"原模型在选择集上的正确率为 {select.value:.1f} %，在报告集上只有 {report.value:.1f} %：它很可能用选择集的图片训练过，"
+            f"原模型在选择集上为 {select.value:.1f} %，在报告集上只有 {report.value:.1f} %：它很可能用选择集的图片训练过，"
             "因此在那里测得的精度下降偏大。请用 --held-out 指出它没有训练过的图片。",
         ),
     )

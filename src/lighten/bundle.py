@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,14 +17,20 @@ import numpy as np
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle
 from lighten.examples import examples
-from lighten.plugins import get
-from lighten.types import Artifact, Preprocess, Result, Trial, from_json, to_json
+from lighten.heads import Head
+from lighten.plugins import get, task_of
+from lighten.types import Artifact, Preprocess, Result, Trial, from_json, metric_title, to_json
 
 SCHEMA_VERSION = 1
 GOLDEN_IMAGES = 16
+GOLDEN_BYTES = 64_000_000
+"""Of golden outputs, before they are packed: large detectors have megabytes of raw values an image, and get fewer images."""
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 QUANTIZED_TOLERANCE = 0.05
 """Of the largest golden output. Integer kernels of other processors may round the last step differently."""
+
+THRESHOLDS = ("threshold", "floor", "iou", "most")
+"""Settings of the detection task that a manifest carries."""
 
 _FILES = Path(__file__).parent / "bundle_files"
 
@@ -46,6 +54,29 @@ class Bundle:
     def preprocess(self) -> Preprocess | None:
         found = self.manifest["preprocessing"]
         return from_json(Preprocess, found) if found else None
+
+    @property
+    def head(self) -> Head | None:
+        """What a detector's raw outputs mean; None of other tasks."""
+        found = self.manifest.get("head")
+        return from_json(Head, found) if found else None
+
+    @property
+    def task(self) -> Any:
+        """The task, bound to the head, the size of the input and the thresholds of a detector. Raises UnknownName."""
+        module, head, how = get("tasks", self.manifest["task"]), self.head, self.preprocess
+        if head is None:
+            return module
+        return module.bind(head, (how.width, how.height) if how else None, **self.manifest["detection"])
+
+    def again(self, reference: np.ndarray, got: np.ndarray) -> tuple[int, int, str]:
+        """How many of the answers of `reference` are in `got` too, of how many, and what they are: one answer an image,
+        or every box that a detector shows."""
+        if self.head is None:
+            return int((got.argmax(1) == reference.argmax(1)).sum()), len(reference), "answers"
+        task = self.task
+        n = sum(map(len, task.shown(reference))) or sum(map(len, task.shown(got)))
+        return round(task.agreement(reference, got) * n / 100), n, "boxes"
 
     def labels(self, lang: str = "en") -> tuple[str, ...]:
         """Class names in order, Chinese where there are any and `lang` is "zh"."""
@@ -74,7 +105,7 @@ def write(result: Result, run_folder: Path, pixels: np.ndarray, outputs: np.ndar
             (room / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, room / name)
         _write_golden(room, winner, pixels, outputs)
-        write_whole(room / "run.py", runner(winner.artifact.format))
+        write_whole(room / "run.py", runner(winner.artifact.format, result.task))
         for name, text in examples(winner.artifact.format, manifest).items():
             write_whole(room / name, text)
         write_whole(room / "labels.txt", "".join(f"{en}\t{zh}\n" for en, zh in zip(result.classes, result.classes_zh)))
@@ -91,15 +122,22 @@ def _file(artifact: Artifact) -> str:
     return "/".join(Path(artifact.path).parts[-1 - depth :])
 
 
-def runner(format: str) -> str:
-    """run.py with the loader of one runtime in it."""
+def runner(format: str, task: str = "classification") -> str:
+    """run.py with the loader of one runtime in it, and with what else its task needs: the first line of that part is
+    run.py's own, the rest takes the place of its main."""
     text, loader = ((_FILES / name).read_text("utf-8") for name in ("run.py", f"loaders/{format}.py"))
-    start, end = text.index("def load_model("), text.index("def pixels(")
-    return f"{text[:start]}{loader.rstrip()}\n\n\n{text[end:]}"
+    start, end = text.index("def load_model("), text.index("def upright(")
+    text = f"{text[:start]}{loader.rstrip()}\n\n\n{text[end:]}"
+    part = _FILES / "tasks" / f"{task}.py"
+    if not part.is_file():
+        return text
+    first, rest = part.read_text("utf-8").split("\n", 1)
+    start, end = text.index("\n"), text.index("def main(")
+    return f"{first}{text[start:end]}{rest.lstrip()}"
 
 
 def _write_golden(room: Path, winner: Trial, pixels: np.ndarray, outputs: np.ndarray) -> None:
-    n = GOLDEN_IMAGES
+    n = max(1, min(GOLDEN_IMAGES, GOLDEN_BYTES // max(1, outputs[:1].nbytes)))
     share = TOLERANCE.get(winner.recipe.precision.weights, QUANTIZED_TOLERANCE)
     atol = np.float32(share * max(1.0, float(np.abs(outputs[:n]).max())))
     buffer = io.BytesIO()
@@ -125,12 +163,7 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
         },
         "task": result.task,
         "input": input_of(result.preprocess, shape),
-        "output": {
-            "name": "output",
-            "shape": ["batch", len(result.classes)],
-            "dtype": "float32",
-            "meaning": "scores before softmax",
-        },
+        "output": output_of(result),
         "preprocessing": to_json(result.preprocess),
         "labels": [{"name": en, "name_zh": zh} for en, zh in zip(result.classes, result.classes_zh)],
         "recipe": to_json(winner.recipe),
@@ -142,7 +175,24 @@ def describe(result: Result, shape: list[int]) -> dict[str, Any]:
         "verdict": result.verdict,
         "misses": to_json(result.misses),
         "environment": result.environment,
+        **detection_of(result),
     }
+
+
+def output_of(result: Result) -> dict[str, Any]:
+    """What the file answers: a score for each class, or the raw values of every place of a detector."""
+    head = result.head
+    shape = [len(result.classes)] if head is None else [head.places, head.values]
+    meaning = "scores before softmax" if head is None else "raw values of every place, which `head` says how to read"
+    return {"name": "output", "shape": ["batch", *shape], "dtype": "float32", "meaning": meaning}
+
+
+def detection_of(result: Result) -> dict[str, Any]:
+    """How a detector's outputs become boxes: its head, and the thresholds of what is shown. Nothing for other tasks."""
+    if result.head is None:
+        return {}
+    task = task_of(result)
+    return {"head": to_json(result.head), "detection": {name: getattr(task, name) for name in THRESHOLDS}}
 
 
 def input_of(how: Preprocess | None, shape: list[int]) -> dict[str, Any]:
@@ -155,7 +205,7 @@ def input_of(how: Preprocess | None, shape: list[int]) -> dict[str, Any]:
 
 def readme(result: Result) -> str:
     """What an app developer needs to know to use the bundle, English then Chinese."""
-    texts = (_FILES / "README.md").read_text("utf-8")
+    texts = _sections((_FILES / "README.md").read_text("utf-8"), result.task)
     winner, how = result.winning, result.preprocess
     assert winner.artifact is not None
     assert winner.evidence is not None
@@ -169,19 +219,24 @@ def readme(result: Result) -> str:
         "precision": winner.recipe.precision.title,
         "verdict": result.verdict,
         "size": f"{winner.evidence.size.mb:.2f}",
+        "metric": metric_title(winner.evidence.metric_name),
         "accuracy": f"{result.final.winner.value:.2f}",
         "before": f"{result.final.baseline.value:.2f}",
         "n": str(result.final.winner.n),
         "preprocess": in_words(how),
-        "classes": str(len(result.classes)),
+        "output": " x ".join(map(str, output_of(result)["shape"])),
         "input": given["name"],
         "dtype": given["dtype"],
         "layout": given["layout"],
         "shape": " x ".join(map(str, given["shape"])) if how else "see manifest.json",
     }
-    for key, value in values.items():
-        texts = texts.replace("{" + key + "}", value)
-    return texts
+    return re.sub(r"\{([a-z]+)\}", lambda found: values[found[1]], texts)
+
+
+def _sections(text: str, task: str) -> str:
+    """Lines between `<!-- if TASK -->` and `<!-- end -->` stay where the task is that one."""
+    section = re.compile(r"^<!-- if (\w+) -->\n(.*?)^<!-- end -->\n", re.MULTILINE | re.DOTALL)
+    return section.sub(lambda found: found[2] if found[1] == task else "", text)
 
 
 def load(folder: Path) -> Bundle:
@@ -199,6 +254,8 @@ def load(folder: Path) -> Bundle:
             from_json(Preprocess, manifest["preprocessing"])
         if not isinstance(version, int) or not all(isinstance(n, str) for n in names):
             raise TypeError("a value of the wrong kind")
+        if manifest["task"] == "detection" or manifest.get("head"):
+            _check_detector(Bundle(folder, manifest))
     except (ValueError, KeyError, TypeError) as e:
         raise BadBundle(f"{file} is damaged ({type(e).__name__}: {e}).", "Build the bundle again.") from e
     if version > SCHEMA_VERSION:
@@ -209,6 +266,23 @@ def load(folder: Path) -> Bundle:
     for name in dict.fromkeys([*names, *files]):
         _check(folder, name, files.get(name))
     return Bundle(folder, manifest)
+
+
+def _check_detector(found: Bundle) -> None:
+    """Raises KeyError, TypeError or ValueError where a detector's head, thresholds or names cannot be used."""
+    head, given = from_json(Head, found.manifest["head"]), found.manifest["detection"]
+    counts = [n for level in head.levels for n in (level.rows, level.columns)]
+    if not all(type(n) is int and n >= 1 for n in (*counts, head.classes)) or type(head.bins) is not int:
+        raise TypeError("head: rows, columns, classes and bins are whole numbers")
+    sizes = [n for level in head.levels for n in (*level.step, level.offset, *sum(level.shapes, ()))]
+    if not all(map(math.isfinite, (*sizes, *head.weights, head.clip))) or type(head.centerness) is not bool:
+        raise ValueError("head: a value that is no number, or centerness that is neither true nor false")
+    if set(given) != set(THRESHOLDS) or type(given["most"]) is not int:
+        raise ValueError(f"detection needs {', '.join(THRESHOLDS)}")
+    names = [row[key] for row in found.manifest["labels"] for key in ("name", "name_zh")]
+    if len(names) < 2 * head.classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"labels do not name {head.classes} classes")
+    _ = found.task  # which checks the thresholds themselves
 
 
 def _check(folder: Path, name: str, want: str | None) -> None:
@@ -236,10 +310,9 @@ def verify(bundle: Bundle) -> tuple[bool, str]:
     if got.shape != golden["outputs"].shape:
         return False, f"outputs have shape {got.shape}, not {golden['outputs'].shape}"
     worst, atol = float(np.abs(got - golden["outputs"]).max()), float(golden["atol"])
-    same = int((got.argmax(1) == golden["outputs"].argmax(1)).sum())
-    text = (
-        f"{same} of {len(got)} golden answers are the same, outputs differ by at most {worst:.3g} (allowed {atol:.3g})"
-    )
+    same, n, what = bundle.again(golden["outputs"], got)
+    told = "are the same" if what == "answers" else "are found again"
+    text = f"{same} of {n} golden {what} {told}, outputs differ by at most {worst:.3g} (allowed {atol:.3g})"
     return bool(worst <= atol), text
 
 

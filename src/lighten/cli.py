@@ -37,14 +37,20 @@ Model = Annotated[str | None, typer.Argument(help="Weights (.safetensors or .pth
 Config = Annotated[Path | None, typer.Option(help="YAML with any of these options (lighten init writes one).")]
 Arch = Annotated[str | None, typer.Option(help="torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE.")]
 Classes = Annotated[int | None, typer.Option(help="Read off the weights if not given.")]
-Images = Annotated[str | None, typer.Option(help="Folder of class folders, or cifar10, fashion-mnist, demo.")]
+Images = Annotated[
+    str | None,
+    typer.Option(help="Folder of class folders, a COCO, YOLO or VOC set, or cifar10, fashion-mnist, composed, demo."),
+]
 Target = Annotated[str | None, typer.Option(help="Target device [this-machine].")]
-MaxDrop = Annotated[float | None, typer.Option(help="Points of top-1 that may be lost.")]
+MaxDrop = Annotated[float | None, typer.Option(help="Points of top-1, or of a detector's mAP, that may be lost.")]
 MinShrink = Annotated[float | None, typer.Option(help="Percent of the bytes that must go.")]
 MaxSize = Annotated[float | None, typer.Option("--max-size-mb")]
 InputSize = Annotated[str | None, typer.Option(help="224, or 224x320 (height x width).")]
 Resize = Annotated[
     int | None, typer.Option(help="Shorter side before the centre crop; without it images are stretched.")
+]
+Letterbox = Annotated[
+    bool | None, typer.Option("--letterbox/--no-letterbox", help="Keep the whole image, with grey bars.")
 ]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
 ChannelOrder = Annotated[str | None, typer.Option(help="RGB, BGR or GRAY.")]
@@ -130,7 +136,7 @@ def train(
     with progress_bar() as bar:
         record = run(config, out=out, progress=bar, trust_code=trust_code, log=say)
     for split, score in record["scores"].items():
-        say(f"{split}: top-1 {score['value']:.2f} ± {score['error']:.2f} % on {score['n']} images")
+        say(f"{split}: {record['metric']} {score['value']:.2f} ± {score['error']:.2f} % on {score['n']} images")
     say(f"weights: {record['folder']}/model.safetensors")
 
 
@@ -143,6 +149,7 @@ def inspect(
     device: Annotated[str, typer.Option(help="Target device.")] = "this-machine",
     input_size: InputSize = None,
     resize: Resize = None,
+    letterbox: Letterbox = None,
     interpolation: Interpolation = None,
     mean: Numbers = None,
     std: Numbers = None,
@@ -158,7 +165,15 @@ def inspect(
         arch,
         classes,
         bool(trust_code),
-        _preprocess(input_size, resize, interpolation, mean, std, channel_order),
+        {
+            "input_size": input_size,
+            "resize": resize,
+            "letterbox": letterbox,
+            "interpolation": interpolation,
+            "mean": mean,
+            "std": std,
+            "channel_order": channel_order,
+        },
     )
     with progress_bar() as bar:
         found = inspect_model(wanted, data, device, bar)
@@ -175,11 +190,11 @@ def inspect(
 
 Command = Callable[..., None]
 INPUT = (
-    "model", "config", "arch", "classes", "data", "held_out", "device", "max_drop", "min_shrink", "max_size_mb", "time",
+    "model", "config", "arch", "classes", "data", "task", "held_out", "device", "max_drop", "min_shrink", "max_size_mb", "time",
 )  # fmt: skip
 RUN = (
-    "input_size", "resize", "interpolation", "mean", "std", "channel_order", "formats", "name", "out", "seed", "lang",
-    "strict", "fresh", "trust_code",
+    "input_size", "resize", "letterbox", "interpolation", "mean", "std", "channel_order", "formats", "name", "out", "seed",
+    "lang", "strict", "fresh", "trust_code",
 )  # fmt: skip
 TRAINING = ("epochs", "lr")
 OPTIONS: dict[str, Any] = {
@@ -188,6 +203,7 @@ OPTIONS: dict[str, Any] = {
     "arch": Arch,
     "classes": Classes,
     "data": Images,
+    "task": _option(str, "classification or detection [that of the data]."),
     "held_out": _option(Path, "Text file: training images that the model was not trained on, one a line."),
     "device": Target,
     "max_drop": MaxDrop,
@@ -199,6 +215,7 @@ OPTIONS: dict[str, Any] = {
     "time": _option(str, "All the time there is, e.g. 90s, 20m, 1h."),
     "input_size": InputSize,
     "resize": Resize,
+    "letterbox": Letterbox,
     "interpolation": Interpolation,
     "mean": Numbers,
     "std": Numbers,
@@ -239,7 +256,9 @@ OPTIONS: dict[str, Any] = {
     "keep": _option(str, "Comma-separated layers to leave alone."),
     "rounds": _option(int, "Remove in so many rounds, with recovery between."),
     "recover": _option(int, "Training images between two rounds."),
-    "max_damage": _option(float, "Stop pruning where this many points of top-1 are lost, and go back one round."),
+    "max_damage": _option(
+        float, "Stop pruning where this many points of top-1 or mAP are lost, and go back one round."
+    ),
     "sparse": _option(float, "Epochs of training towards sparse channel groups before pruning."),
     "pattern": _option(str, "unstructured, or N:M such as 2:4 (N of M weights are kept)."),
     "energy": _option(float, "Share of each layer's response that its factors keep, e.g. 0.95."),
@@ -346,6 +365,10 @@ def export(
     bake_preprocessing: Annotated[
         bool, typer.Option("--bake-preprocessing", help="Files that take uint8 pixels (N, H, W, C), normalised inside.")
     ] = False,
+    with_nms: Annotated[
+        bool,
+        typer.Option("--with-nms", help="ONNX files of a detector that give boxes: decoded and suppressed inside."),
+    ] = False,
     lang: Lang = "en",
 ) -> None:
     """Write a run's winner in other formats, prove each file in its own runtime; exit code 3 where one is not right."""
@@ -365,6 +388,7 @@ def export(
             images=images,
             device=target,
             bake_preprocessing=bake_preprocessing,
+            with_nms=with_nms,
             progress=bar,
             log=say,
         )
@@ -376,25 +400,48 @@ def export(
 @app.command()
 def run(
     bundle: BundleArg,
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Images, folders of them, or videos.")] = None,
     lang: Lang = "en",
-    top: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 3,
+    top: Annotated[int | None, typer.Option(min=1, help="How many labels [3], or boxes [all], to show.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Lowest score of a box [the bundle's].")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw what is seen: out.jpg, out.mp4, or a folder for several.")
+    ] = None,
+    font: Annotated[
+        Path | None, typer.Option(help="Font file to draw with, where none has the names' letters.")
+    ] = None,
+    camera: Annotated[int | None, typer.Option(min=0, help="Watch this camera until Ctrl-C; the first is 0.")] = None,
 ) -> None:
-    """Labels of images, in English or 中文."""
+    """Labels or boxes of images, videos and a camera, in English or 中文."""
     from lighten.runner import answers
     from lighten.terminal import console, escape
 
-    failed = 0
-    for row in answers(bundle, images, lang, top):
+    failed, wanted = 0, {"threshold": threshold, "draw": draw, "font": font, "camera": camera}
+    stop = _until_interrupted() if camera is not None else lambda: False
+    for row in answers(bundle, images or [], lang, top, **wanted, stop=stop):  # type: ignore[arg-type]
         if row.problem:
             failed += 1
             console.print(f"[red]✗[/] {escape(row.problem)}", soft_wrap=True)
-        else:
-            console.print(
-                f"{escape(str(row.image))}  " + "  ".join(f"{escape(n)} {100 * p:.1f} %" for n, p in row.labels),
-                soft_wrap=True,
-            )
+        if row.pace is not None:
+            console.print(escape(f"{row.image}  {row.pace.text(lang)}"), soft_wrap=True)
+        elif not row.problem:
+            console.print(escape(row.text(lang)), soft_wrap=True)
     raise typer.Exit(errors.EXIT_INPUT if failed else errors.EXIT_PASS)
+
+
+def _until_interrupted() -> Callable[[], bool]:
+    """Whether Ctrl-C was pressed: it ends a camera well, its film too. The second one is the ordinary interruption."""
+    import signal
+    import threading
+
+    pressed = threading.Event()
+
+    def first(*_: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, first)
+    return pressed.is_set
 
 
 @app.command()
@@ -526,24 +573,6 @@ def init(path: Annotated[Path, typer.Argument()] = Path("lighten.yaml")) -> None
 
 
 # --- helpers ----------------------------------------------------------------------------------------
-
-
-def _preprocess(
-    input_size: str | None,
-    resize: int | None,
-    interpolation: str | None,
-    mean: str | None,
-    std: str | None,
-    channel_order: str | None,
-) -> dict[str, Any]:
-    return {
-        "input_size": input_size,
-        "resize": resize,
-        "interpolation": interpolation,
-        "mean": mean,
-        "std": std,
-        "channel_order": channel_order,
-    }
 
 
 def _words(text: str) -> tuple[str, ...]:

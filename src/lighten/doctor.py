@@ -16,6 +16,8 @@ TOOLS = {
     "onnxscript": "onnx",
     "openvino": "openvino",
     "jinja2": "compress",
+    "faster_coco_eval": "detection",
+    "cv2": "video",
 }
 
 

@@ -40,8 +40,9 @@ TRIED = ("onnx", "litert", "mnn", "ncnn", "openvino")
 class Emulated:
     """How the answers of an emulated core compare with those of this machine.
 
-    `worst` is the largest difference of two scores, `allowed` what the bundle allows (of its golden vectors; 0 where
-    the answers must be equal bit for bit); `golden_same` counts golden answers that the core gives too. `built_s` is
+    `what` they are is one answer for each image, or every box that a detector shows: `same` of `compared` are the same,
+    and of `golden` such in the bundle the core gives `golden_same` too. `worst` is the largest difference of two scores,
+    `allowed` what the bundle allows (of its golden vectors; 0 where the answers must be equal bit for bit). `built_s` is
     what the userland took to build (0 where it was there), `seconds` the emulated run alone.
     """
 
@@ -51,7 +52,9 @@ class Emulated:
     precision: str
     images: int
     images_from: str
+    what: str
     same: int
+    compared: int
     golden: int
     golden_same: int
     worst: float
@@ -66,8 +69,8 @@ class Emulated:
 
     @property
     def passed(self) -> bool:
-        """Every label is the same, and no score differs by more than is allowed."""
-        return self.same == self.images and self.worst <= self.allowed
+        """Every answer is the same, and no score differs by more than is allowed."""
+        return self.same == self.compared and self.worst <= self.allowed
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -76,8 +79,8 @@ class Emulated:
         allowed = "must be equal" if self.allowed == 0 else f"allowed {self.allowed:.3g}"
         dots = "with" if self.dot_products else "without"
         return (
-            f"{'PASS' if self.passed else 'FAIL'} {self.core} ({self.board}): {self.same} of {self.images} answers are "
-            f"the same as on this machine, {scores} ({allowed}); {self.golden_same} of {self.golden} golden answers.",
+            f"{'PASS' if self.passed else 'FAIL'} {self.core} ({self.board}): {self.same} of {self.compared} {self.what} "
+            f"are the same as on this machine, {scores} ({allowed}); {self.golden_same} of {self.golden} golden {self.what}.",
             f"ran {self.format} {self.precision} on {self.images_from}",
             f"there: {self.there}, {dots} dot-product instructions; here: {self.here}",
             *((self.remark,) if self.remark else ()),
@@ -129,7 +132,7 @@ def check(
     there = answers(userland.python_there, found, pixels, timeout_s)
     progress("check", 3, 3)
     seconds = time.monotonic() - start
-    unequal = np.flatnonzero((there.outputs != here.outputs).any(1))
+    unequal = np.flatnonzero((there.outputs != here.outputs).reshape(len(pixels), -1).any(1))
     inside = None
     if len(unequal) and _integer(found):
         inside = first_differences(found, userland, pixels[unequal[:INSPECTED]], timeout_s)
@@ -145,7 +148,7 @@ def compare(
     images_from: str,
     spent: tuple[float, float],
 ) -> Emulated:
-    """The record of a check, from outputs (N, classes) here and there; `inside` as first_differences gives it, `spent`
+    """The record of a check, from outputs (N, ...) here and there; `inside` as first_differences gives it, `spent`
     seconds of building and running."""
     if there.outputs.shape != here.outputs.shape:
         raise CrashedRuntime(f"The emulated {core.name} gave outputs of shape {there.outputs.shape}.", "Report this.")
@@ -154,7 +157,8 @@ def compare(
     ours, theirs = here.outputs, there.outputs
     exact = bool(np.array_equal(theirs.view(np.uint32), ours.view(np.uint32)))
     gap = np.abs(theirs.astype(np.float64) - ours)
-    n = len(golden["outputs"])
+    same, compared, what = found.again(ours, theirs)
+    golden_same, shown, _ = found.again(golden["outputs"], theirs[: len(golden["outputs"])])
     known = bool(inside) and all(d.known for d in inside or ())
     return Emulated(
         core=core.name,
@@ -163,9 +167,11 @@ def compare(
         precision=f"{precision['weights']} weights, {precision['activations']} activations",
         images=len(theirs),
         images_from=images_from,
-        same=int((theirs.argmax(1) == ours.argmax(1)).sum()),
-        golden=n,
-        golden_same=int((theirs[:n].argmax(1) == golden["outputs"].argmax(1)).sum()),
+        what=what,
+        same=same,
+        compared=compared,
+        golden=shown,
+        golden_same=golden_same,
         worst=float("inf") if np.isnan(gap).any() else float(gap.max(initial=0.0)),
         allowed=0.0 if _integer(found) and not known else float(golden["atol"]),
         bit_exact=exact,
@@ -330,7 +336,7 @@ def variations(pixels: np.ndarray, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a machine said: outputs (N, classes), its runtime, its versions, whether it has dot-product instructions."""
+    """What a machine said: outputs (N, ...), its runtime, its versions, whether it has dot-product instructions."""
 
     outputs: np.ndarray
     runtime: str

@@ -26,9 +26,12 @@ COLUMNS = 110
 def examples(format: str, manifest: Mapping[str, Any]) -> dict[str, str]:
     """File name in the bundle -> text, for every language that has an example of `format`; {} where there is none.
 
-    Images are needed to show how one is fed: a manifest without preprocessing has only what takes ready floats.
+    Images are needed to show how one is fed: a manifest without preprocessing has only what takes ready floats. All of
+    them read the scores of classes, so that other tasks have none.
     """
-    found = {}
+    found: dict[str, str] = {}
+    if manifest["task"] != "classification":
+        return found
     for language, ending in LANGUAGES.items():
         template = _FILES / language / f"{format}.{ending}"
         if not template.is_file():
@@ -43,7 +46,7 @@ def examples(format: str, manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _can_fill(format: str, manifest: Mapping[str, Any]) -> bool:
-    if not manifest["preprocessing"] or manifest["task"] != "classification":
+    if not manifest["preprocessing"]:
         return False
     return manifest["input"]["dtype"] == "float32" or format in TAKES_PIXELS
 

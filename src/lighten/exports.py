@@ -6,6 +6,7 @@ A format is written in a process of its own, and run in another one: a tool that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from lighten import bundle, workshop
+from lighten import bench, bundle, workshop
 from lighten.bench import Timing
 from lighten.data.cache import sha256_file, whole_folder, write_whole
 from lighten.errors import BadBundle, BadConfig, LightenError
+from lighten.kit.onnx_boxes import BoxesFound, BoxRules, boxes_found
 from lighten.plugins import get, missing_backends, names, task_of
 from lighten.types import (
     Artifact,
@@ -37,6 +39,7 @@ from lighten.types import (
     Result,
     Trial,
     from_json,
+    metric_title,
     silent,
     to_json,
 )
@@ -48,6 +51,10 @@ PALETTES = {name: Precision(name, "float32") for name in ("palette4", "palette6"
 SAME = {"float32": 99.9, "float16": 99.5}
 SAME_INTEGER = 99.5
 """Percent of the images that a file must answer like the program it was written from."""
+SAME_BOXES = 99.5
+"""Percent of the boxes that a file gives and numpy finds in its raw outputs which must be the same."""
+BOXED_IMAGES = 64
+"""Images, run at once, whose boxes are compared so."""
 WRITING_S = 1800.0
 TIMING = Timing()
 Log = Callable[[str], None]
@@ -55,20 +62,21 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file to be made: a format, a precision, the program that it is written from, and the preprocessing where that
-    goes inside the file."""
+    """One file to be made: a format, a precision, the program that it is written from; the preprocessing, and how boxes
+    are found, where those go inside the file."""
 
     format: str
     precision: Precision
     program: Path
     inside: Preprocess | None = None
+    boxes: BoxRules | None = None
 
     @property
     def name(self) -> str:
         """The folder of the file, e.g. "onnx-int8"."""
         words = (self.precision.weights, *({"float32": ["weights"], "dynamic": ["dynamic"]}.get(self._inputs, [])))
-        marks = [*(["mixed"] if self.precision.exceptions else []), *(["pixels"] if self.inside else [])]
-        return "-".join((self.format, *words, *marks))
+        marks = {"mixed": self.precision.exceptions, "pixels": self.inside, "boxes": self.boxes}
+        return "-".join((self.format, *words, *(mark for mark, is_so in marks.items() if is_so)))
 
     @property
     def _inputs(self) -> str:
@@ -80,7 +88,8 @@ class Row:
     """What came of one file. `status` is PASS, FAIL, "not run here", "refused", "missing" or "failed"; `reason` says why.
 
     `evidence` is None where the file was not run; `original_bytes` is the original's float32 ONNX file; `pixels`: the file
-    takes uint8 (N, H, W, C) and normalises inside.
+    takes uint8 (N, H, W, C) and normalises inside. `boxes`: it gives boxes; times, memory and size are then the file's
+    own, accuracy and agreement those of the raw outputs that its boxes are made from.
     """
 
     format: str
@@ -94,11 +103,13 @@ class Row:
     evidence: Evidence | None = None
     seconds: float = 0.0
     pixels: bool = False
+    boxes: bool = False
 
     @property
     def title(self) -> str:
-        """The precision in words, and what the file takes where it is not the network's own input."""
-        return f"{self.precision.title}, uint8 pixels in" if self.pixels else self.precision.title
+        """The precision in words, and what the file takes and gives where that is not what the network does."""
+        marks = ["uint8 pixels in"] * self.pixels + ["boxes out"] * self.boxes
+        return ", ".join([self.precision.title, *marks])
 
 
 def export(
@@ -110,6 +121,7 @@ def export(
     images: int = 1000,
     device: Device | None = None,
     bake_preprocessing: bool = False,
+    with_nms: bool = False,
     timing: Timing = TIMING,
     progress: Progress = silent,
     log: Log = lambda line: None,
@@ -118,7 +130,8 @@ def export(
     ("float32", "float16", "plan": what the run decided; default these three; "palette4", "palette6", "palette8") under `run`/exports, and measure each file.
 
     `data` is what the run was given (default: the built-in set of that name); `images` of its report split are used.
-    `bake_preprocessing` puts normalisation and layout inside each file, which then takes uint8 pixels (N, H, W, C).
+    `bake_preprocessing` puts normalisation and layout inside each file, which then takes uint8 pixels (N, H, W, C);
+    `with_nms` decoding and suppression inside a detector's, which then gives boxes (`kit.onnx_boxes`).
     The record, exports.json, keeps rows of earlier calls. Raises BadBundle where the run is not finished or was made
     by an older version, UnknownName, BadConfig.
     """
@@ -128,6 +141,8 @@ def export(
     todo = wanted(result, run, formats, precisions)
     if bake_preprocessing:
         todo = tuple(dataclasses.replace(w, inside=_inside(result)) for w in todo)
+    if with_nms:
+        todo = tuple(dataclasses.replace(w, boxes=_rules(result)) for w in todo)
     programs = Programs(*job_of(result, run, data, images, device or result.device, progress))
     rows: list[Row] = []
     for one in groups(todo):
@@ -180,6 +195,14 @@ def _inside(result: Result) -> Preprocess:
     return dataclasses.replace(result.preprocess, inside=True)
 
 
+def _rules(result: Result) -> BoxRules:
+    """How the run's task finds the boxes that a user is shown."""
+    if result.head is None:
+        raise BadConfig(f"The run's task is {result.task}: there are no boxes to give.", "Leave --with-nms out.")
+    task = task_of(result)
+    return BoxRules(task.head, task.size, task.threshold, task.iou, task.most)
+
+
 def groups(todo: Sequence[Wanted]) -> Iterator[tuple[Wanted, ...]]:
     """The files of one format together: its tools are loaded once."""
     for format in dict.fromkeys(w.format for w in todo):
@@ -190,7 +213,7 @@ def job_of(
     result: Result, run: Path, data: Any, images: int, device: Device, progress: Progress
 ) -> tuple[Job, workshop.Reference]:
     """Data and the original's answers. Raises what `lighten.data.load` raises, BadConfig where classes differ."""
-    from lighten.data import load
+    from lighten.data import framed, load
     from lighten.quant import program
 
     try:
@@ -203,10 +226,11 @@ def job_of(
         raise BadConfig(
             f"The data has other classes than the run: {', '.join(loaded.classes[:5])}...", "Give the run's own --data."
         )
+    loaded = framed(loaded, result.preprocess)
     split = loaded.report.take(images).prepare(result.preprocess, progress, "report")
     loaded = dataclasses.replace(loaded, select=split)
     original = program.read(workshop.program_of(Recipe(), run / "artifacts"))
-    job = Job(loaded, result.task, device, result.preprocess, original, progress=progress)
+    job = Job(loaded, result.task, device, result.preprocess, original, progress=progress, head=result.head)
     outputs = workshop.torch_outputs(original, job, split)
     return job, workshop.Reference(split, outputs, result.baseline.artifact)
 
@@ -231,23 +255,22 @@ class Programs:
 def made(group: Sequence[Wanted], result: Result, run: Path, programs: Programs, timing: Timing) -> Iterator[Row]:
     """The rows of one format."""
     job, reference = programs.job, programs.reference
-    name, format, pixels = group[0].format, get("formats", group[0].format), group[0].inside is not None
+    name, format = group[0].format, get("formats", group[0].format)
     base = result.baseline.evidence.size.bytes if result.baseline.evidence else 0
+
+    def row_of(one: Wanted, status: str, reason: str, seconds: float = 0.0) -> Row:
+        pixels, boxes = one.inside is not None, one.boxes is not None
+        return Row(
+            name, one.precision, status, reason, original_bytes=base, seconds=seconds, pixels=pixels, boxes=boxes
+        )
+
     if missing := missing_backends(format):
         reason = f"needs {', '.join(missing)}: pip install 'lighten[{format.EXTRA}]'"
-        yield from (Row(name, w.precision, "missing", reason, original_bytes=base, pixels=pixels) for w in group)
+        yield from (row_of(w, "missing", reason) for w in group)
         return
     folder = run / FOLDER
     for one, reply in written(group, workshop.input_shape(job), job.device, folder):
-        row = Row(
-            name,
-            one.precision,
-            reply["status"],
-            reply["reason"],
-            original_bytes=base,
-            seconds=reply["seconds"],
-            pixels=pixels,
-        )
+        row = row_of(one, reply["status"], reply["reason"], reply["seconds"])
         if row.status:
             yield row
             continue
@@ -264,7 +287,7 @@ def made(group: Sequence[Wanted], result: Result, run: Path, programs: Programs,
         built = workshop.Built(artifact, module, (), row.seconds, answers=answers)
         given = dataclasses.replace(job, preprocess=one.inside or job.preprocess)
         row = judged(row, built, given, reference, run, timing)
-        if row.status == "PASS":
+        if row.status == "PASS" and not row.boxes:  # a bundle's runner takes raw outputs
             bundled(row, artifact, result, run, given)
         yield row
 
@@ -277,22 +300,58 @@ def _simulated(path: Path, one: Wanted, format: Any, programs: Programs) -> str:
     job, select = programs.job, programs.reference.select
     module, before = programs.read(one.program)
     after = workshop.torch_outputs(format.simulate(path, module, workshop.input_shape(job)), job, select)
-    same, right = workshop.agreement(before, after).same_top1, task_of(job).score(after, select.labels)
+    task = task_of(job)
+    same, right = task.agreement(before, after), task.score(after, select.labels)
     return f"; in torch, its weights answer like the program on {same:.1f} % of {len(select)} images, {right} %"
 
 
 def judged(row: Row, built: workshop.Built, job: Job, reference: workshop.Reference, run: Path, timing: Timing) -> Row:
     """The row with what was measured on the file."""
+    found = None
     try:
-        evidence = workshop.examine(built, job, reference, run / "artifacts", timing)
+        if row.boxes:
+            evidence, found = _boxed(built, job, reference, run, timing)
+        else:
+            evidence = workshop.examine(built, job, reference, run / "artifacts", timing)
     except LightenError as e:
         return dataclasses.replace(row, status="failed", reason=e.what)
     limit = SAME.get(row.precision.weights, SAME_INTEGER)
-    same = evidence.fidelity.same_top1
-    if same >= limit:
-        return dataclasses.replace(row, status="PASS", evidence=evidence)
-    reason = f"answers like the program on {same:.1f} % of {evidence.fidelity.n} images, not {limit:g} %"
-    return dataclasses.replace(row, status="FAIL", reason=reason, evidence=evidence)
+    same, told = evidence.fidelity.same_top1, str(found or "")
+    if same < limit:
+        reason = f"answers like the program on {same:.1f} % of {evidence.fidelity.n} images, not {limit:g} %"
+        return dataclasses.replace(row, status="FAIL", reason=reason, evidence=evidence)
+    status = "FAIL" if found and found.same < SAME_BOXES else "PASS"
+    return dataclasses.replace(row, status=status, reason=told, evidence=evidence)
+
+
+def _boxed(
+    built: workshop.Built, job: Job, reference: workshop.Reference, run: Path, timing: Timing
+) -> tuple[Evidence, BoxesFound]:
+    """What is measured on a file with boxes inside: the network by its raw outputs, from the same file with the boxes
+    taken out; times, memory, size and the boxes by the file itself."""
+    artifact, how = built.artifact, job.preprocess
+    path, format = run / artifact.path, get("formats", artifact.format)
+    some = workshop.decoded(reference.select.take(BOXED_IMAGES))
+    with tempfile.TemporaryDirectory(prefix="lighten-") as room:
+        raw = Path(room).resolve() / path.name
+        format.take_boxes_out(path, raw)
+        twin = dataclasses.replace(built, artifact=dataclasses.replace(artifact, path=str(raw)))
+        evidence = workshop.examine(twin, job, reference, run / "artifacts", timing)
+        # One batch: a file with boxes counts images within it. Beside it runs what takes the network's own inputs.
+        one = functools.partial(bench.measure, format=artifact.format, pixels=some, how=how, batch=len(some))
+        outputs = one(raw, timing=None).outputs
+        beside = None if how is not None and how.inside else (raw, artifact.format)
+        got = one(path, timing=timing, beside=beside)
+    found = boxes_found(task_of(job).shown(outputs), got.outputs, got.beside)
+    evidence = dataclasses.replace(
+        evidence,
+        latency=got.latency,
+        throughput=got.throughput,
+        memory_mb=got.memory_mb,
+        size=workshop.size_of(path, artifact),
+        beside=None,
+    )
+    return evidence, found
 
 
 def bundled(row: Row, artifact: Artifact, result: Result, run: Path, job: Job) -> None:
@@ -335,7 +394,10 @@ def _child(
             "shape": list(shape),
             "device": to_json(device),
             "folder": str(folder.resolve()),
-            "wanted": [[w.format, to_json(w.precision), str(w.program.resolve()), to_json(w.inside)] for w in group],
+            "wanted": [
+                [w.format, to_json(w.precision), str(w.program.resolve()), to_json(w.inside), to_json(w.boxes)]
+                for w in group
+            ],
         }
         write_whole(Path(room) / "request.json", json.dumps(request))
         try:
@@ -365,9 +427,10 @@ def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> 
     try:
         if reason := format.refuses(one.precision, device):
             return _reply("refused", reason)
-        if one.inside and not hasattr(format, "bake"):
-            able = [n for n in names("formats") if hasattr(get("formats", n), "bake")]
-            return _reply("refused", f"normalisation is put inside files of {' and '.join(able)} only")
+        for what, asked, how in (("normalisation is", one.inside, "bake"), ("boxes are", one.boxes, "put_boxes_in")):
+            if asked and not hasattr(format, how):
+                able = [n for n in names("formats") if hasattr(get("formats", n), how)]
+                return _reply("refused", f"{what} put inside files of {' and '.join(able)} only")
         module = program.read(one.program)
         if reason := format.lacks(of_graph(module), shape):
             return _reply("refused", reason)
@@ -377,6 +440,9 @@ def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> 
             companions = format.export(module, shape, file, one.precision, device)
             if one.inside:
                 format.bake(file, one.inside)
+            fallbacks = list(format.fallbacks(file))  # of the network: boxes are found in float by anyone
+            if one.boxes:
+                format.put_boxes_in(file, one.boxes)
             others = tuple(str(c.relative_to(file.parent)) for c in companions)
             artifact = Artifact(str(file.relative_to(room)), one.format, sha256_file(file), others)
             problems = format.check(file, module, shape) if format.not_here() and hasattr(format, "check") else ()
@@ -386,19 +452,18 @@ def write(one: Wanted, shape: tuple[int, ...], device: Device, folder: Path) -> 
         return _reply("failed", f"{type(e).__name__}: {str(e)[:300]}")
     if problems:
         return _reply("failed", problems[0])
-    seconds, path = time.perf_counter() - began, folder / one.name / artifact.path
-    return _reply(
-        artifact=to_json(artifact), seconds=seconds, fallbacks=list(format.fallbacks(path)), not_here=format.not_here()
-    )
+    seconds = time.perf_counter() - began
+    return _reply(artifact=to_json(artifact), seconds=seconds, fallbacks=fallbacks, not_here=format.not_here())
 
 
 def _main(room: Path) -> None:
     """The writer: one line for each file, as soon as it is there."""
     request = json.loads((room / "request.json").read_text())
     device, folder = from_json(Device, request["device"]), Path(request["folder"])
-    for format, precision, program, how in request["wanted"]:
+    for format, precision, program, how, rules in request["wanted"]:
         inside = from_json(Preprocess, how) if how else None
-        one = Wanted(format, from_json(Precision, precision), Path(program), inside)
+        boxes = from_json(BoxRules, rules) if rules else None
+        one = Wanted(format, from_json(Precision, precision), Path(program), inside, boxes)
         reply = write(one, tuple(request["shape"]), device, folder)
         with (room / "replies.jsonl").open("a") as out:
             out.write(json.dumps(reply) + "\n")
@@ -414,7 +479,8 @@ def line_of(row: Row) -> str:
         return f"{what}: {row.status}{': ' if row.reason else ''}{row.reason}"
     e = row.evidence
     return (
-        f"{what}: {row.status}, {row.bytes / 1e6:.2f} MB, same answer {e.fidelity.same_top1:.1f} %, top-1 {e.metric} %, "
+        f"{what}: {row.status}, {row.bytes / 1e6:.2f} MB, same answer {e.fidelity.same_top1:.1f} %, "
+        f"{metric_title(e.metric_name)} {e.metric} %, "
         f"{e.p50(1):.2f} ms, {e.memory_mb:.0f} MB of memory{'; ' if row.reason else ''}{row.reason}"
     )
 
@@ -427,7 +493,7 @@ def read_record(run: Path) -> tuple[Row, ...]:
 
 def _record(file: Path, row: Row) -> None:
     kept = (*read_record(file.parent.parent), row)
-    rows = {(r.format, r.precision, r.pixels): r for r in kept}
+    rows = {(r.format, r.precision, r.pixels, r.boxes): r for r in kept}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(to_json(tuple(rows.values())), indent=1, ensure_ascii=False, allow_nan=False))
 

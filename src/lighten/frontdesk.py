@@ -40,6 +40,7 @@ class Options:
     arch: str | None = None
     classes: int | None = None
     data: Any = None
+    task: str | None = None
     held_out: Any = None
     device: str = "this-machine"
     max_drop: float | None = None
@@ -51,6 +52,7 @@ class Options:
     time: str | None = None
     input_size: Any = None
     resize: int | None = None
+    letterbox: bool | None = None
     interpolation: str | None = None
     mean: Any = None
     std: Any = None
@@ -96,6 +98,8 @@ class Options:
     command: str = ""
 
 
+INPUT = ("input_size", "resize", "letterbox", "interpolation", "mean", "std", "channel_order")
+"""The options that say how an image becomes an input."""
 KEYS = tuple(f.name for f in dataclasses.fields(Options) if f.name != "command")
 NUMBERS = ("max_drop", "min_shrink", "max_size_mb", "min_speedup", "max_latency_ms", "max_memory_mb")
 
@@ -141,6 +145,7 @@ def run_compress(options: Options, progress: Progress, log: Any) -> Result:
             strict=options.strict,
             fresh=options.fresh,
             lang=options.lang,
+            task=options.task or "",
             model_name=model_name(options),
             command=options.command,
         ),
@@ -272,7 +277,7 @@ def model_name(options: Options) -> str:
 
 
 def _model_in(options: Options) -> ModelIn:
-    how = {k: getattr(options, k) for k in ("input_size", "resize", "interpolation", "mean", "std", "channel_order")}
+    how = {k: getattr(options, k) for k in INPUT}
     return ModelIn(options.model or "", options.arch, options.classes, options.trust_code, how)
 
 
@@ -390,18 +395,12 @@ def preprocess_of(given: dict[str, Any], known: Preprocess | None) -> Preprocess
     settings |= {k: _numbers(k, given[k]) for k in ("mean", "std") if k in given}
     if "input_size" in given:
         settings["height"], settings["width"] = _size(given["input_size"])
-        settings |= (
-            {"mode": "crop", "resize": int(given["resize"])}
-            if "resize" in given
-            else {"mode": "stretch", "resize": None}
-        )
     elif known is None:
         raise BadConfig(
             "--input-size is not given, and this architecture has no description of its own.",
             "Add e.g. --input-size 224.",
         )
-    elif "resize" in given:
-        settings |= {"mode": "crop", "resize": int(given["resize"])}
+    settings |= _fitting(given, known)
     if known is None and settings.get("channel_order") == "GRAY":
         settings = {"mean": (0.5,), "std": (0.5,)} | settings
     try:
@@ -411,8 +410,20 @@ def preprocess_of(given: dict[str, Any], known: Preprocess | None) -> Preprocess
     except (TypeError, ValueError) as e:
         raise BadConfig(
             f"Preprocessing: {e}.",
-            "See --input-size, --resize, --interpolation, --mean, --std, --channel-order.",
+            "See --input-size, --resize, --letterbox, --interpolation, --mean, --std, --channel-order.",
         ) from e
+
+
+def _fitting(given: dict[str, Any], known: Preprocess | None) -> dict[str, Any]:
+    """Whether images are cropped, letterboxed or stretched; who letterboxed before keeps to it at another size."""
+    boxed = given.get("letterbox")
+    if boxed and "resize" in given:
+        raise BadConfig("--resize and --letterbox are both given.", "Crop the centre, or keep the whole image.")
+    if "resize" in given:
+        return {"mode": "crop", "resize": int(given["resize"])}
+    if boxed or (boxed is None and known is not None and known.mode == "letterbox"):
+        return {"mode": "letterbox", "resize": None}
+    return {"mode": "stretch", "resize": None} if "input_size" in given or boxed is False else {}
 
 
 def _size(value: Any) -> tuple[int, int]:
@@ -456,7 +467,6 @@ def inspect_model(wanted: ModelIn, data: str | None, device: str, progress: Prog
     _need_compress()
     from lighten import devices
     from lighten.data.preprocess import describe
-    from lighten.kit.trace import check_output
 
     target, loaded = devices.load(device), load_model(wanted)
     model, how = loaded.module, loaded.preprocess
@@ -468,11 +478,29 @@ def inspect_model(wanted: ModelIn, data: str | None, device: str, progress: Prog
         "preprocessing": describe(how) if how else "not known: give --input-size, --mean, --std",
     }
     if how is not None:
-        rows["classes"] = str(check_output(model, how.input_shape, None))
+        rows |= _answers(model, how)
     kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
     shown, findings = _inspect_data(data, how, progress) if data else ({}, ())
     matrix = format_matrix(target, model, how.input_shape if how else None)
     return Inspection(rows, dict(kinds.most_common()), matrix, shown, (*loaded.notices, *findings))
+
+
+def _answers(model: Any, how: Preprocess) -> dict[str, str]:
+    """What the model answers: classes, and of a detector how many places its head has and what it tells of them."""
+    from lighten.kit.trace import check_output
+    from lighten.models import detectors
+
+    if not detectors.is_detector(model):
+        return {"classes": str(check_output(model, how.input_shape, None))}
+    head = detectors.check(model, how.input_shape)
+    maps = ", ".join(f"{level.columns} x {level.rows}" for level in head.levels)
+    each = " from logits of whole steps" if head.box == "distribution" else ""
+    parts = [f"{head.box}{each}", *(["centerness"] if head.centerness else []), f"{head.score} scores"]
+    return {
+        "classes": str(head.classes),
+        "detector": f"{head.places} places of {head.values} values ({', '.join(parts)}) on maps of {maps}",
+        "ends of the head": ", ".join(model.head_layers()),
+    }
 
 
 def format_matrix(device: Device, model: Any = None, shape: tuple[int, ...] | None = None) -> dict[str, str]:
@@ -504,10 +532,9 @@ def _format_cell(name: str, device: Device, operators: dict[str, int], shape: tu
 
 
 def _inspect_data(data: str, how: Preprocess | None, progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
-    from lighten.data import load
-    from lighten.data.doctor import examine
+    from lighten.data import box_doctor, doctor, framed, has_boxes, load
 
-    found = load(data, progress=progress)
+    found = framed(load(data, progress=progress), how)
     if how is not None:
         ready = {k: s.prepare(how, progress, k) for k, s in found.splits.items() if k != "train"}
         found = dataclasses.replace(found, **ready)
@@ -515,7 +542,7 @@ def _inspect_data(data: str, how: Preprocess | None, progress: Progress) -> tupl
         "classes": f"{len(found.classes)}: {', '.join(found.classes[:20])}",
         **{k: f"{len(s)} images" for k, s in found.splits.items()},
     }
-    findings = examine(found, how)
+    findings = (box_doctor if has_boxes(found) else doctor).examine(found, how)
     return rows, (*found.notices, *(f"{f.level}: {f.what} {f.to_do}" for f in findings))
 
 
@@ -527,12 +554,14 @@ model: model.safetensors          # weights: .safetensors, or a .pth of state_di
 arch: torchvision:resnet18        # torchvision:NAME, timm:NAME, lighten:NAME or FILE.py:CALLABLE
 # classes: 10                     # read off the weights if not given
 data: photos                      # a folder of class folders (or train/ and val/ of them), cifar10, fashion-mnist
+                                  # with boxes: a COCO, YOLO or Pascal VOC folder, its JSON or YAML, or composed
+# task: detection                 # that of the data where it is not given: classification, or detection where it has boxes
 # held_out: held-out.txt          # images that the model was not trained on, one a line: only these are calibrated and
                                   # selected on (else drops look larger than they are)
 device: this-machine              # x86-vnni, x86-avx2, raspberry-pi-4, raspberry-pi-5, android-arm64
 
 # The budget. Leave out what does not matter.
-max_drop: 1.0                     # points of top-1 that may be lost
+max_drop: 1.0                     # points of top-1 (detectors: mAP) that may be lost
 min_shrink: 70                    # percent of the bytes that must go
 # max_size_mb: 5
 # min_speedup: 2                  # times faster than the original's ONNX file, one thread
@@ -543,6 +572,7 @@ min_shrink: 70                    # percent of the bytes that must go
 # How an image becomes an input. Only where the weights' own description (timm, torchvision) is not right.
 # input_size: 224                 # or 224x320, height x width
 # resize: 256                     # shorter side before the centre crop; without it images are stretched
+# letterbox: true                 # the whole image, with grey bars
 # interpolation: bilinear
 # mean: [0.485, 0.456, 0.406]
 # std: [0.229, 0.224, 0.225]

@@ -129,6 +129,7 @@ def means_of(book: Ledger, found: scout.Scouted, run: Run) -> reach.Means:
         spare + sum(seconds.values()) + closing_s(book, run),
         seconds,
         tuple(f for f in run.asked if f in names),
+        run.job.head is None,
     )
 
 

@@ -36,7 +36,9 @@ def get(kind: str, name: str, *, needs: str | None = None) -> ModuleType:
 
 
 def task_of(job: Any) -> Any:
-    """The task of a Job, bound to its detector's head and the size of its input where it has a head. As `get` raises."""
+    """The task of a Job or a Result, bound to its detector's head and the size of its input where it has a head.
+
+    Raises as `get` does."""
     module = get("tasks", job.task)
     if job.head is None:
         return module

@@ -231,7 +231,8 @@ class Beside:
 
 @dataclass(frozen=True)
 class ClassBeside:
-    """One class on the report images: accuracy of both winners in percent, their difference b - a and its error."""
+    """One class on the report images: accuracy (of detectors AP50-95) of both winners in percent, their difference b - a
+    and its error; of an AP it is not known, and nan."""
 
     name: str
     name_zh: str
@@ -244,7 +245,8 @@ class ClassBeside:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two finished runs. `warnings` say which figures must not be held against each other."""
+    """Two finished runs. `warnings` say which figures must not be held against each other; `metric` is the name of both
+    runs' metric, empty where they have different ones."""
 
     a: str
     b: str
@@ -255,6 +257,7 @@ class Comparison:
     budget: tuple[Difference, ...]
     figures: tuple[Beside, ...]
     classes: tuple[ClassBeside, ...]
+    metric: str = "top1"
 
 
 def compare(a: Run, b: Run) -> Comparison:
@@ -273,6 +276,7 @@ def compare(a: Run, b: Run) -> Comparison:
         _differences(*({k: _text(v) for k, v in to_json(r.budget).items()} for r in (a.result, b.result))),
         tuple(_figures(a.result, b.result)),
         _classes(a.result, b.result),
+        one[1].metric_name if one[1].metric_name == other[1].metric_name else "",
     )
 
 
@@ -326,8 +330,9 @@ def unlike(a: Result, b: Result) -> tuple[Advice, ...]:
         if x != y:
             rows.append(Advice(f"{en}: {x} against {y}. {harm[0]}", f"{zh}：{x} 与 {y}。{harm[1]}"))
 
-    accuracy = ("Accuracies are not comparable.", "准确率不可比较。")
-    images = ("Accuracies and drops are of different images.", "准确率和下降来自不同的图片。")
+    names, names_zh = metric_words(a, b)
+    accuracy = (f"{names} are not comparable.", f"{names_zh}不可比较。")
+    images = (f"{names} and drops are of different images.", f"{names_zh}和下降来自不同的图片。")
     times = ("Times and memory are not comparable.", "时间和内存不可比较。")
     kernels = ("They were meant for different kernels.", "两者面向不同的计算内核。")
     check("Different data", "数据不同", a.data, b.data, accuracy)
@@ -357,13 +362,20 @@ def _other_original(a: Result, b: Result) -> list[Advice]:
     moved = a.final.baseline != b.final.baseline or _evidence(a).metric != _evidence(b).metric
     if not (sizes_alike and moved):
         return []
+    names, names_zh = metric_words(a, b)
     return [
         Advice(
             "The same original scores differently in the two runs: other images (seed or data), or another runtime. "
-            "Accuracies and drops are not comparable.",
-            "同一个原模型在两次运行中得分不同：图片（种子或数据）不同，或运行时不同。准确率和下降不可比较。",
+            f"{names} and drops are not comparable.",
+            f"同一个原模型在两次运行中得分不同：图片（种子或数据）不同，或运行时不同。{names_zh}和下降不可比较。",
         )
     ]
+
+
+def metric_words(a: Result, b: Result) -> tuple[str, str]:
+    """What both runs measured, in the plural, in both languages; of different metrics or top-1, accuracies."""
+    names = {_evidence(r).metric_name for r in (a, b)}
+    return ("Values of mAP", "mAP ") if names == {"mAP"} else ("Accuracies", "准确率")
 
 
 def _same_original(a: Result, b: Result) -> bool:
@@ -473,19 +485,24 @@ def _better(gap: float, higher: bool) -> str:
 
 
 def _classes(a: Result, b: Result) -> tuple[ClassBeside, ...]:
-    """Classes of the same name, the largest change first."""
+    """Classes of the same name, the largest change first; none where the metrics are different ones."""
+    metrics = {_evidence(r).metric_name for r in (a, b)}
+    if len(metrics) > 1:
+        return ()
     titles = dict(zip(a.classes, a.classes_zh))
     others: dict[str, ClassChange] = {c.name: c for c in b.final.classes}
-    rows = [_class(c, others[c.name], titles.get(c.name, c.name)) for c in a.final.classes if c.name in others]
+    share = metrics == {"top1"}
+    rows = [_class(c, others[c.name], titles.get(c.name, c.name), share) for c in a.final.classes if c.name in others]
     return tuple(sorted(rows, key=lambda r: 1.0 if math.isnan(r.difference) else -abs(r.difference)))
 
 
-def _class(a: ClassChange, b: ClassChange, name_zh: str) -> ClassBeside:
-    """Binomial errors, smoothed so that a perfect class is not certain (Agresti and Coull 1998: two hits, two misses)."""
+def _class(a: ClassChange, b: ClassChange, name_zh: str, share: bool = True) -> ClassBeside:
+    """Binomial errors where the values are a `share` of images, smoothed so that a perfect class is not certain (Agresti
+    and Coull 1998: two hits, two misses). An average precision is none."""
 
     def variance(c: ClassChange) -> float:
         p = (c.after / 100 * c.n + 2) / (c.n + 4)
         return p * (1 - p) / (c.n + 4)
 
-    error = 100 * math.sqrt(variance(a) + variance(b))
+    error = 100 * math.sqrt(variance(a) + variance(b)) if share else math.nan
     return ClassBeside(a.name, name_zh, a.after, b.after, b.after - a.after, error, min(a.n, b.n))

@@ -144,7 +144,8 @@ def bit_costs(
             [_tensor(x) for x in sample.batches(job.preprocess, 32)],
             job.device,
             (INT8, INT4),
-            labels=_tensor(sample.labels),
+            damage=task_of(job).damage,
+            labels=_tensor(sample.labels) if job.head is None else None,
             known=known,
             made=keep,
             step=lambda done, total: job.progress("what each layer costs at 4 bits", done, total),
@@ -198,19 +199,14 @@ def _cost(
     channels.prune(model, input_shape(job), {group.name: width}, importance.scorer("l2", model), protect)
     norms.reestimate(model, x[:NORM_IMAGES].split(64))
     after = _outputs(model, x)
-    return WidthCost(group.name, width, divergence(before, after), task_of(job).drop(before, after, labels))
+    task = task_of(job)
+    return WidthCost(group.name, width, damage(task, before, after), task.drop(before, after, labels))
 
 
-def divergence(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of the softmax of `after` from that of `before` (N, classes), in nats."""
-    p, q = _log_softmax(before), _log_softmax(after)
-    value = float((np.exp(p) * (p - q)).sum(1).mean())
+def damage(task: Any, before: np.ndarray, after: np.ndarray) -> float:
+    """Mean distance of the answers `after` from those `before`, as the task measures it; infinite where one is not finite."""
+    value = float(task.damage(_tensor(before), _tensor(after)).mean())
     return value if math.isfinite(value) else math.inf
-
-
-def _log_softmax(z: np.ndarray) -> np.ndarray:
-    z = z.astype(np.float64) - z.max(1, keepdims=True)
-    return np.asarray(z - np.log(np.exp(z).sum(1, keepdims=True)))
 
 
 def _outputs(model: Any, x: Any) -> np.ndarray:
@@ -261,10 +257,13 @@ def groups_of(job: Job) -> tuple[ChannelGroup, ...]:
 
 
 def ends_of(job: Job) -> tuple[str, ...]:
-    """The first and the last layer, which keep 8 bits."""
+    """The first layer and those that give the answer, which keep 8 bits."""
     from lighten.quant.static import ends
 
-    return tuple(ends(job.original, input_shape(job)))
+    found = ends(job.original, input_shape(job))
+    if job.head is None:
+        return found
+    return tuple(dict.fromkeys((*found[:1], *task_of(job).protect(job.original))))
 
 
 def _evidence(trial: Trial) -> Evidence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lighten.search.reach import is_probe
-from lighten.types import Evidence, Result, Trial, shrink, speedup
+from lighten.types import Evidence, Result, Trial, metric_title, shrink, speedup
 
 if TYPE_CHECKING:
     from lighten.exports import Row
@@ -83,7 +84,8 @@ def trials_table(result: Result, lang: str = "en") -> Table:
     base = result.baseline.evidence
     assert base is not None
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 1))
-    for name in ("", "recipe", "MB", "smaller", "top-1 %", "drop", "ms", "speed", "RAM MB"):
+    metric = f"{metric_title(base.metric_name)} %"
+    for name in ("", "recipe", "MB", "smaller", metric, "drop", "ms", "speed", "RAM MB"):
         table.add_column(name, justify="left" if name in ("", "recipe") else "right", no_wrap=name != "recipe")
     for trial in (result.baseline, *result.trials):
         mark = "★" if trial.id == result.winner else ""
@@ -117,23 +119,26 @@ def print_result(result: Result, lang: str) -> None:
     console.print()
     console.print(trials_table(result, lang))
     if any(is_probe(t.recipe) for t in result.trials):
-        console.print(f"  {_word(SHORT_TRIALS, lang)}", style="dim", soft_wrap=True)
+        console.print(f"  {_word(_short_trials(base), lang)}", style="dim", soft_wrap=True)
     console.print()
     for advice in result.advice:
         console.print(f"  [yellow]![/] {escape(advice.zh if lang == 'zh' else advice.en)}", soft_wrap=True)
+    metric = metric_title(base.metric_name)
     said = (
         f"{winner.recipe.title}: {shrink(winner.evidence, base):.1f} % smaller, {speedup(winner.evidence, base):.2f}x the speed, "
-        f"top-1 {final.winner} % against {final.baseline} % (drop {final.drop} pt) on the {final.winner.n} report images"
+        f"{metric} {final.winner} % against {final.baseline} % (drop {final.drop} pt) on the {final.winner.n} report images"
     )
     if lang == "zh":
         said = (
             f"{winner.recipe.title}：缩小 {shrink(winner.evidence, base):.1f} %，速度为原来的 {speedup(winner.evidence, base):.2f} 倍，"
-            f"在 {final.winner.n} 张报告图片上 top-1 {final.winner} %，原模型 {final.baseline} %（下降 {final.drop} 个百分点）"
+            f"在 {final.winner.n} 张报告图片上 {metric} {final.winner} %，原模型 {final.baseline} %（下降 {final.drop} 个百分点）"
         )
     color = "green" if result.passed else "red"
     console.print(f"[bold {color}]{result.verdict}[/]  {escape(said)}", soft_wrap=True)
     for miss in result.misses:
         console.print(f"  [red]✗[/] {escape(str(miss))}")
+    for line in detector_lines(result, lang):
+        console.print(f"  {line}", soft_wrap=True)
     for line in winner.notes:
         console.print(f"  {escape(line)}", style="dim", soft_wrap=True)
     if result.spent:
@@ -143,6 +148,31 @@ def print_result(result: Result, lang: str) -> None:
         console.print(f"  {spent}")
     for label, file in (("bundle", "bundle"), ("report", "report.html")):
         console.print(f"  {label}  {result.path}/{file}", soft_wrap=True)
+
+
+def _short_trials(base: Evidence) -> str:
+    return SHORT_DETECTORS if base.metric_name == "mAP" else SHORT_TRIALS
+
+
+def detector_lines(result: Result, lang: str) -> list[str]:
+    """Of a detector: its other metrics on the report images, before and after, and what became of its boxes."""
+    winner = result.winning.evidence
+    if winner is None or winner.metric_name != "mAP":
+        return []
+    final, old = result.final, dict(result.final.extra_before)
+    rows = [f"{name} {old[name].value:.2f} → {e.value:.2f}" for name, e in final.extra if name in old]
+    lines = [" · ".join(rows)] if rows else []
+    b = winner.drift.boxes
+    if b is None:
+        return lines
+    if not math.isfinite(b.iou):
+        none = (
+            "boxes: none of the original's has a partner" if b.n or not b.matched else "boxes: neither side shows any"
+        )
+        return [*lines, _word(none, lang)]
+    said = "boxes: {partner} % keep a partner, overlap {iou} %, score difference {score} (compression)"
+    numbers = {"partner": f"{b.matched:.1f}", "iou": f"{100 * b.iou:.1f}", "score": f"{b.score:.3f}"}
+    return [*lines, _word(said, lang, **numbers)]
 
 
 def pairs(title: str, rows: dict[str, Any]) -> None:
@@ -174,9 +204,16 @@ MARKS = {
 }
 CLASSES_SHOWN = 20
 SHORT_TRIALS = "A short trial trains only long enough to tell plans apart: its accuracy is not that of its recipe."
+SHORT_DETECTORS = "A short trial trains only long enough to tell plans apart: its mAP is not that of its recipe."
 ZH = {
     "short trial": "短训练试验",
     SHORT_TRIALS: "短训练试验只训练到能分出方案优劣为止，它的精度不代表该方案的最终精度。",
+    SHORT_DETECTORS: "短训练试验只训练到能分出方案优劣为止，它的 mAP 不代表该方案的最终 mAP。",
+    "boxes: {partner} % keep a partner, overlap {iou} %, score difference {score} (compression)": (
+        "检测框：{partner} % 配对成功，重叠 {iou} %，得分差 {score}（压缩）"
+    ),
+    "boxes: none of the original's has a partner": "检测框：原始模型的框没有一个能配对",
+    "boxes: neither side shows any": "检测框：双方都没有显示任何框",
     "run": "运行",
     "smaller": "缩小",
     "drop": "下降",
@@ -189,16 +226,16 @@ ZH = {
     "The recipes are the same.": "两个配方相同。",
     "budget": "预算",
     "measured": "实测",
-    "classes on the report images, top-1 %": "各类别在报告图片上的 top-1 %",
+    "classes on the report images, {metric} %": "各类别在报告图片上的 {metric} %",
     "B − A": "B − A",
     "{n} more classes with smaller changes: --json shows all.": "另有 {n} 个类别变化更小：--json 可显示全部。",
     "± are standard errors as if both were measured on different images: on the same ones they are smaller. "
     "Green: B is better; red: A is better; by more than two errors, or exactly.": (
         "± 为标准误，按两者在不同图片上测量计算；在相同图片上误差更小。绿色：B 更好；红色：A 更好（相差超过两倍误差，或精确值不同）。"
     ),
-    "report metric": "报告图片 top-1",
+    "report metric": "报告图片 {metric}",
     "report drop": "报告图片下降",
-    "metric": "选择图片 top-1",
+    "select metric": "选择图片 {metric}",
     "select drop": "选择图片下降",
     "bytes": "文件",
     "gzip": "gzip 后",
@@ -213,9 +250,9 @@ ZH = {
     "none": "无",
 }
 EN = {
-    "report metric": "top-1, report images",
+    "report metric": "{metric}, report images",
     "report drop": "drop, report images",
-    "metric": "top-1, select images",
+    "select metric": "{metric}, select images",
     "select drop": "drop, select images",
     "bytes": "file",
     "shrink": "smaller",
@@ -278,7 +315,7 @@ def print_comparison(c: Comparison, lang: str) -> None:
             console.print(table, "")
     table = _beside(_word("measured", lang), "A", "B", "B − A", "", right=True)
     for figure in c.figures:
-        table.add_row(_figure(figure.what, lang), *_numbers(figure), figure.unit)
+        table.add_row(_figure(figure.what, c.metric, lang), *_numbers(figure), figure.unit)
     console.print(table, "")
     _print_classes(c, lang)
     console.print(
@@ -294,11 +331,12 @@ def print_comparison(c: Comparison, lang: str) -> None:
 def _print_classes(c: Comparison, lang: str) -> None:
     if not c.classes:
         return
-    table = _beside(_word("classes on the report images, top-1 %", lang), "A", "B", "B − A", right=True)
+    title = _word("classes on the report images, {metric} %", lang, metric=metric_title(c.metric))
+    table = _beside(title, "A", "B", "B − A", right=True)
     for row in c.classes[:CLASSES_SHOWN]:
         sure = abs(row.difference) > 2 * row.error
         color = ("green" if row.difference > 0 else "red") if sure else ""
-        gap = f"{row.difference:+.2f} ±{row.error:.2f}"
+        gap = f"{row.difference:+.2f}" + (f" ±{row.error:.2f}" if math.isfinite(row.error) else "")
         name = escape(row.name_zh if lang == "zh" else row.name)
         table.add_row(name, f"{row.a:.2f}", f"{row.b:.2f}", f"[{color}]{gap}[/]" if color else gap)
     console.print(table)
@@ -307,10 +345,11 @@ def _print_classes(c: Comparison, lang: str) -> None:
     console.print()
 
 
-def _figure(what: str, lang: str) -> str:
+def _figure(what: str, metric: str, lang: str) -> str:
     if what.startswith("latency "):
         return _word("latency", lang, n=what.split()[1]).replace(" 1 threads", " 1 thread")
-    return _word("select drop" if what == "drop" else what, lang)
+    name = f"select {what}" if what in ("drop", "metric") else what
+    return _word(name, lang, metric=metric_title(metric))
 
 
 def _numbers(row: Beside) -> tuple[str, str, str]:
@@ -329,16 +368,20 @@ def _beside(title: str, *names: str, right: bool = False) -> Table:
 
 
 EXPORT_COLUMNS = {
-    "en": ("format", "precision", "MB", "of float32", "same answer", "top-1", "drop", "ms", "memory MB", ""),
-    "zh": ("格式", "精度", "MB", "占 float32", "答案一致", "top-1", "损失", "毫秒", "内存 MB", ""),
+    "en": ("format", "precision", "MB", "of float32", "same answer", "{metric}", "drop", "ms", "memory MB", ""),
+    "zh": ("格式", "精度", "MB", "占 float32", "答案一致", "{metric}", "损失", "毫秒", "内存 MB", ""),
 }
+FOUND_AGAIN = {"en": "boxes again", "zh": "框一致"}
+"""What "same answer" is of a detector."""
 STATUS = {"PASS": "green", "FAIL": "red", "failed": "red"}
 
 
 def print_exports(rows: Sequence[Row], title: str, lang: str = "en") -> None:
     """Format x precision: what every exported file costs, or why there is none."""
     table = Table(title=escape(title), title_justify="left")
+    metric = next((row.evidence.metric_name for row in rows if row.evidence), "top1")
     for k, name in enumerate(EXPORT_COLUMNS[lang]):
+        name = FOUND_AGAIN[lang] if k == 4 and metric == "mAP" else name.format(metric=metric_title(metric))
         table.add_column(name, justify="left" if k in (0, 1, 9) else "right", overflow="fold")
     for row in rows:
         words = "; ".join([w for w in (row.reason, ", ".join(row.fallbacks)) if w])
@@ -353,5 +396,5 @@ def _export_figures(row: Row) -> tuple[str, ...]:
     if row.evidence is None:
         return size, share, "-", "-", "-", "-", "-"
     e = row.evidence
-    same, top1 = f"{e.fidelity.same_top1:.1f} %", f"{e.metric.value:.2f} %"
-    return size, share, same, top1, f"{e.drop.value:+.2f}", f"{e.p50(1):.2f}", f"{e.memory_mb:.0f}"
+    same, metric = f"{e.fidelity.same_top1:.1f} %", f"{e.metric.value:.2f} %"
+    return size, share, same, metric, f"{e.drop.value:+.2f}", f"{e.p50(1):.2f}", f"{e.memory_mb:.0f}"

@@ -15,7 +15,7 @@ from lighten.bench import Timing
 from lighten.clock import Clock
 from lighten.ledger import Ledger
 from lighten.plugins import get, missing_backends
-from lighten.types import Budget, Evidence, Job, Predicted, Recipe, Say, Trial
+from lighten.types import Budget, Evidence, Job, Predicted, Recipe, Say, Trial, metric_title
 from lighten.worker import Worker
 
 TRAINED = re.compile(r"trained [\d.]+ epochs in (\d+) s")
@@ -130,7 +130,7 @@ def line_of(trial: Trial) -> str:
     if trial.evidence is None:
         return f"{trial.recipe.title}: failed, {trial.failure.reason if trial.failure else 'no evidence'}"
     e = trial.evidence
-    return f"{trial.recipe.title}: {e.size.mb:.2f} MB, top-1 {e.metric} %, drop {e.drop.value:.2f} pt, {e.p50(1):.2f} ms, {e.memory_mb:.0f} MB of memory"
+    return f"{trial.recipe.title}: {e.size.mb:.2f} MB, {metric_title(e.metric_name)} {e.metric} %, drop {e.drop.value:.2f} pt, {e.p50(1):.2f} ms, {e.memory_mb:.0f} MB of memory"
 
 
 # --- how long it may take -----------------------------------------------------------------------------

@@ -344,14 +344,27 @@ class Size:
 
 
 @dataclass(frozen=True)
+class BoxDrift:
+    """What became of `n` detections: mean overlap of the pairs that are still one object, mean difference of their
+    scores, and in percent how many of both sides' detections have a partner. Boxes and scores are told apart."""
+
+    iou: float
+    score: float
+    matched: float
+    n: int
+
+
+@dataclass(frozen=True)
 class Agreement:
-    """How alike two models answer the same images: same top-1 in percent, and differences of the raw outputs."""
+    """How alike two models answer the same images: same answers in percent (top-1; of a detector, boxes found again),
+    differences of the raw outputs, and of a detector how far its boxes moved."""
 
     n: int
     same_top1: float
     mean_abs: float
     max_abs: float
     sqnr_db: float
+    boxes: BoxDrift | None = None
 
 
 @dataclass(frozen=True)
@@ -408,6 +421,11 @@ class Evidence:
     def p50(self, threads: int = 1) -> float:
         """Median latency in ms at `threads`, or at the nearest count that was measured."""
         return min(self.latency, key=lambda row: abs(row.threads - threads)).p50
+
+
+def metric_title(name: str) -> str:
+    """A metric's name as people write it."""
+    return {"top1": "top-1"}.get(name, name)
 
 
 def shrink(got: Evidence, base: Evidence) -> float:
@@ -476,13 +494,15 @@ class Final:
     flipped: int
     classes: tuple[ClassChange, ...]
     extra: tuple[tuple[str, Estimate], ...] = ()
+    extra_before: tuple[tuple[str, Estimate], ...] = ()
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """One layer alone at one precision, everything else in float: what it damages, and what it stores and takes.
 
-    `damage` is the Kullback-Leibler divergence of the softmax answers from the float ones, in nats an image; `mse` the
+    `damage` is how far the answers are from the float ones: of a classifier the Kullback-Leibler divergence of the softmax,
+    in nats an image, of a detector the distance of its raw outputs in distillation; `mse` the
     squared error of the raw outputs relative to their power; `drop` the points of top-1 lost, paired, where labels were
     given. `bytes` are those of this layer's weights at this precision (int4 two to a byte), its scales and its bias;
     `latency_ms` is its kernel alone in ONNX Runtime, one image, one thread.
@@ -567,8 +587,8 @@ class ChannelGroup:
 class WidthCost:
     """One channel group alone at one width, everything else as it was, batch norms re-estimated, nothing trained.
 
-    `damage` is the Kullback-Leibler divergence of the softmax answers from the original ones, in nats an image;
-    `drop` the points of top-1 lost, paired.
+    `damage` is how far the answers are from the original ones, as in `LayerCost`; `drop` the points of the metric lost,
+    paired.
     """
 
     group: str
@@ -598,7 +618,7 @@ class Result:
     """What `compress` returns and writes as result.json (docs/result-schema.md).
 
     `sensitivity` is what each layer costs at fewer bits, `widths` what each of the channel `groups` costs alone when
-    it is narrowed; `spent` are the seconds of each part of the walk.
+    it is narrowed; `spent` are the seconds of each part of the walk. `head` says what a detector's raw outputs mean.
     """
 
     verdict: str
@@ -626,6 +646,7 @@ class Result:
     widths: tuple[WidthCost, ...] = ()
     groups: tuple[ChannelGroup, ...] = ()
     spent: tuple[tuple[str, float], ...] = ()
+    head: Head | None = None
 
     @property
     def passed(self) -> bool:

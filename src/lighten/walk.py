@@ -16,9 +16,10 @@ import numpy as np
 from lighten import advice, bundle, devices, ledger, report, scout, search, workshop
 from lighten.bench import Timing
 from lighten.clock import Clock
+from lighten.data import box_doctor, framed, has_boxes
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
-from lighten.data.doctor import Finding, raise_errors, suspect_channel_order, suspect_normalization
+from lighten.data.doctor import Finding, raise_errors, suspect_blindness, suspect_channel_order, suspect_normalization
 from lighten.data.doctor import examine as examine_data
 from lighten.data.splits import FileImages
 from lighten.errors import BadConfig, BadModel
@@ -44,6 +45,7 @@ from lighten.types import (
     Say,
     Step,
     digest,
+    metric_title,
     silent,
     to_json,
 )
@@ -62,7 +64,8 @@ class Settings:
     `asked` is the one method and bits of `lighten quantize`, instead of the whole menu; `steps` come before every
     precision, as `lighten prune` and its kin ask for them. `sensitivity` measures what each layer costs alone; a mix of
     precisions needs it and has it measured anyway. `narrow` lets the search prune and train where quantization misses
-    the budget. `arch` is the name that the model can be built by; `isolate` tries recipes in a process of their own.
+    the budget. `arch` is the name that the model can be built by; `isolate` tries recipes in a process of their own. `task`
+    (classification, detection) is that of the data where it is not given.
     """
 
     name: str | None = None
@@ -80,12 +83,15 @@ class Settings:
     narrow: bool = True
     isolate: bool = True
     arch: str = ""
+    task: str = ""
     timing: Timing = field(default_factory=Timing)
     model_name: str = ""
     command: str = ""
 
     def __post_init__(self) -> None:
         QuantizeStep(ranges=self.ranges)
+        if self.task:
+            get("tasks", self.task)
         if self.asked:
             if reason := search.cannot(self.asked):
                 raise BadConfig(reason)
@@ -117,8 +123,8 @@ def compress(
 ) -> Result:
     """Find the best file of `model` inside `budget`, measured on the file itself, and write run folder and bundle.
 
-    `model` is a classifier (torch.nn.Module: float32 (N, C, H, W) to (N, classes)). `data` is a folder, a built-in
-    name, a `Data`, or an iterable of (image, label). `preprocess` is needed unless the data yields ready float inputs
+    `model` is a classifier (torch.nn.Module: float32 (N, C, H, W) to (N, classes)) or a detector (to (N, places, values):
+    `lighten.models.detectors`). `data` is a folder, a built-in name, a `Data`, or an iterable of (image, label). `preprocess` is needed unless the data yields ready float inputs
     or the model carries timm's description. The same call continues an interrupted run and repeats no finished trial.
     """
     budget = budget or Budget()
@@ -166,10 +172,13 @@ def front_desk(
 ) -> tuple[Job, list[str]]:
     """Load and check everything before anything costly; warnings come back as lines, errors all at once."""
     from lighten.kit.trace import check_output
+    from lighten.models import detectors
     from lighten.models.load import own_preprocess
 
     target = devices.load(device) if isinstance(device, str) else device
     loaded: Data = load_data(data, seed=settings.seed, progress=progress)
+    task = task_for(loaded, settings)
+    model = detectors.detector(model) if task == "detection" else model
     ready = _ready_inputs(loaded)
     how = None if ready and preprocess is None else preprocess or own_preprocess("", model)
     if how is None and not ready:
@@ -177,14 +186,34 @@ def front_desk(
             "How the model wants its images is not known.",
             "Give the input size, mean and std (--input-size 224 --mean ... --std ...).",
         )
+    loaded = framed(loaded, how)
     prepared = {k: s.prepare(how, progress, k) for k, s in loaded.splits.items() if k != "train"}
     loaded = dataclasses.replace(loaded, **prepared)
-    findings = list(examine_data(loaded, how, strict=settings.strict))
+    examine = box_doctor.examine if task == "detection" else examine_data
+    findings = list(examine(loaded, how, strict=settings.strict))
     raise_errors(findings)
     model = model.eval().cpu()
-    job = Job(loaded, "classification", target, how, model, seed=settings.seed, progress=progress)
-    check_output(model, workshop.input_shape(job), len(loaded.classes))
+    job = Job(loaded, task, target, how, model, seed=settings.seed, progress=progress)
+    if task == "detection":
+        get("tasks", task, needs="REQUIRES")
+        channels, height, width = workshop.input_shape(job)
+        head = detectors.check(model, (channels, height, width), len(loaded.classes))
+        job = dataclasses.replace(job, head=head)
+    else:
+        check_output(model, workshop.input_shape(job), len(loaded.classes))
     return job, [*loaded.notices, *(f"{f.level}: {f.what} {f.to_do}" for f in findings)]
+
+
+def task_for(data: Data, settings: Settings) -> str:
+    """Detection where the data has boxes. Raises BadConfig where another task was asked for."""
+    found = "detection" if has_boxes(data) else "classification"
+    if settings.task not in ("", found):
+        held = "boxes" if found == "detection" else "classes, no boxes"
+        raise BadConfig(
+            f"The task is {settings.task}, but the labels of {data.name} are {held}.",
+            f"Leave --task out for {found}, or give other data.",
+        )
+    return found
 
 
 def _ready_inputs(data: Data) -> bool:
@@ -229,8 +258,9 @@ def weigh_in(book: ledger.Ledger, run: Run) -> tuple[ledger.Ledger, Run, worksho
     """The original, unchanged, as a file and in torch. Raises BadModel where it cannot be exported."""
     job, select = run.job, run.job.data.select
     outputs = workshop.torch_outputs(job.original, job, select)
-    score = task_of(job).score(outputs, select.labels)
-    run.log(f"original in torch: top-1 {score} % on {len(select)} select images")
+    task = task_of(job)
+    score = task.score(outputs, select.labels)
+    run.log(f"original in torch: {metric_title(task.METRIC)} {score} % on {len(select)} select images")
     for doubt in doubts(job, outputs):
         run.log(f"{doubt.level}: {doubt.what} {doubt.to_do}")
     reference = workshop.Reference(select, outputs)
@@ -247,7 +277,8 @@ def doubts(job: Job, outputs: np.ndarray) -> list[Finding]:
     """Whether the model seems to want other preprocessing than it gets: no better than guessing, or better as BGR."""
     task, sample = task_of(job), job.data.select.take(DOUBT_IMAGES)
     score = task.score(outputs, job.data.select.labels)
-    found = [suspect_normalization(score.value, len(job.data.classes), score.n)]
+    blind = suspect_blindness(score.value, score.n) if job.head else None
+    found = [blind if job.head else suspect_normalization(score.value, len(job.data.classes), score.n)]
 
     def accuracy(pixels: np.ndarray) -> float:
         turned = dataclasses.replace(sample, ready=pixels)
@@ -262,16 +293,22 @@ def doubts(job: Job, outputs: np.ndarray) -> list[Finding]:
 
 
 def scan(book: ledger.Ledger, run: Run, settings: Settings) -> tuple[ledger.Ledger, tuple[LayerCost, ...]]:
-    """What each layer costs alone at each precision, on a few images; nothing where nobody asked for it.
+    """What each layer costs alone at each precision, on a few images; of a detector, where nobody asked for it, only
+    what 8 bits do to the ends of its head, of a classifier nothing.
 
     Every finished row is in the ledger at once, so that an interrupted scan goes on.
     """
-    if not (settings.sensitivity or (settings.asked and settings.asked.bits == "mixed")):
-        return book, ()
     from lighten.quant import sensitivity
 
     job, sample = run.job, run.job.data.calibrate.take(SCAN_IMAGES)
-    run.log(f"measuring what each layer costs alone, on {len(sample)} images")
+    everything = settings.sensitivity or bool(settings.asked and settings.asked.bits == "mixed")
+    ends = (
+        () if everything or job.head is None or settings.asked or settings.steps else task_of(job).protect(job.original)
+    )
+    if not everything and not ends:
+        return book, ()
+    what = "each layer costs" if everything else "8 bits cost each end of the detector's head"
+    run.log(f"measuring what {what} alone, on {len(sample)} images")
 
     def keep(row: LayerCost) -> None:
         nonlocal book
@@ -282,7 +319,10 @@ def scan(book: ledger.Ledger, run: Run, settings: Settings) -> tuple[ledger.Ledg
         workshop.input_shape(job),
         [torch_inputs(x) for x in sample.batches(job.preprocess, 32)],
         job.device,
-        labels=torch_inputs(sample.labels),
+        sensitivity.CHOICES if everything else (("int8", "int8"),),
+        only=ends,
+        damage=task_of(job).damage,
+        labels=torch_inputs(sample.labels) if job.head is None else None,
         known=book.costs,
         made=keep,
         step=lambda done, total: job.progress("sensitivity of layers", done, total),
@@ -328,6 +368,12 @@ def recipes(run: Run, settings: Settings, costs: Sequence[LayerCost]) -> tuple[R
         chosen = () if settings.ranges == "auto" else (("ranges", settings.ranges),)
         if settings.steps:
             wanted = given or [NAMED["float32"]]
+        elif run.job.head is not None and NAMED["int8"] in wanted:
+            # Of all layers too, where they were measured, only the ends are left in float: their outputs are the answer.
+            ends = search.sensitive_ends(
+                row for row in costs if row.layer in task_of(run.job).protect(run.job.original)
+            )
+            wanted = [*wanted, *([search.sparing(NAMED["int8"], ends)] if ends else [])]
         return search.menu(names, wanted, Step("quantize", chosen), settings.steps)
     if settings.asked.bits == "mixed":
         mixes = _mixes(costs, run)
@@ -339,9 +385,7 @@ def _ends(job: Job, asked: Asked) -> tuple[str, ...]:
     """First and last layer, where the bits are few enough to spare them."""
     if search.BITS[asked.bits].weights != "int4":
         return ()
-    from lighten.quant.static import ends
-
-    return ends(job.original, workshop.input_shape(job))
+    return scout.ends_of(job)
 
 
 def _mixes(costs: Sequence[LayerCost], run: Run) -> list[Precision]:
@@ -373,16 +417,16 @@ def judge(
         report_split = job.data.report.prepare(job.preprocess, job.progress, "report")
         final, before, after = read_report(book, winner, report_split, run)
     misses = budget.misses(evidence_of(winner), evidence_of(baseline), drop=final.drop.value)
-    groups = groups_of(book, job)
+    groups, unit = groups_of(book, job), advice.unit_of(job.task)
     result = Result(
         verdict="FAIL" if misses or winner.id not in asked else "PASS",  # the original is no answer to another question
         misses=misses,
         advice=(
             *search.advise(trials, baseline, job.device, same_machine, misses),
             *search.next_step(settings.asked, misses),
-            *advice.guilty(costs),
+            *advice.guilty(costs, unit),
             *advice.seen_before(evidence_of(baseline).metric, final.baseline),
-            *advice.narrowing(groups, book.widths, winner.recipe, trials),
+            *advice.narrowing(groups, book.widths, winner.recipe, trials, unit),
         ),
         budget=budget,
         device=job.device,
@@ -399,12 +443,13 @@ def judge(
         environment=environment(),
         command=settings.command,
         images={k: len(s) for k, s in job.data.splits.items()} | {"report": len(report_split)},
-        flips=thumbnails(folder, report_split, before, after),
+        flips=thumbnails(folder, report_split, before, after, job),
         path=str(folder),
         sensitivity=costs or book.costs,
         widths=book.widths,
         groups=groups,
         spent=tuple(clock.spent.items()),
+        head=job.head,
     )
     bundle.write(result, folder, _spread(report_split.ready), _spread(after))
     write_whole(folder / "result.json", json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False))

@@ -249,8 +249,8 @@ def examine(built: Built, job: Job, reference: Reference, folder: Path, timing: 
         throughput=got.throughput,
         memory_mb=got.memory_mb,
         size=size_of(path, built.artifact),
-        fidelity=agreement(wanted, got.outputs[: len(wanted)]),
-        drift=agreement(before, got.outputs),
+        fidelity=agreement(task, wanted, got.outputs[: len(wanted)]),
+        drift=agreement(task, before, got.outputs),
         runtime=got.runtime,
         beside=got.beside,
     )
@@ -263,13 +263,13 @@ def torch_outputs(module: Any, job: Job, split: Split) -> np.ndarray:
     return outputs(module, split, job.preprocess, batch=bench.BATCH, progress=job.progress)
 
 
-def agreement(reference: np.ndarray, got: np.ndarray) -> Agreement:
-    """How alike two sets of outputs (N, classes) are."""
+def agreement(task: Any, reference: np.ndarray, got: np.ndarray) -> Agreement:
+    """How alike two sets of outputs (N, ...) are."""
     difference = np.abs(reference.astype(np.float64) - got)
     noise, signal = float((difference**2).sum()), float((reference.astype(np.float64) ** 2).sum())
     sqnr = 10 * float(np.log10(signal / noise)) if noise and signal else float("inf")
-    same = float((reference.argmax(1) == got.argmax(1)).mean())
-    return Agreement(len(got), 100 * same, float(difference.mean()), float(difference.max()), min(sqnr, 999.0))
+    same, boxes = task.agreement(reference, got), task.drift(reference, got)
+    return Agreement(len(got), same, float(difference.mean()), float(difference.max()), min(sqnr, 999.0), boxes)
 
 
 def files_of(path: Path, artifact: Artifact) -> tuple[Path, ...]:

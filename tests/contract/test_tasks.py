@@ -13,7 +13,21 @@ from lighten.plugins import get, names
 from lighten.types import ClassChange, Estimate
 
 HEAD = Head((Level(4, 4, (8.0, 8.0)),), 3)
-CONTRACT = ("METRIC", "score", "drop", "flipped", "per_class", "extra", "decode", "loss", "distill_loss", "protect")
+CONTRACT = (
+    "METRIC",
+    "score",
+    "drop",
+    "flipped",
+    "agreement",
+    "drift",
+    "damage",
+    "per_class",
+    "extra",
+    "decode",
+    "loss",
+    "distill_loss",
+    "protect",
+)
 
 
 @pytest.mark.parametrize("name", names("tasks"))

@@ -140,6 +140,11 @@ def test_baked_preprocessing_takes_pixels_and_answers_the_same(run: Path, tmp_pa
         assert done.stdout.split()[1] == "1", done.stderr
 
 
+def test_a_classifier_has_no_boxes_to_put_inside(run: Path) -> None:
+    with pytest.raises(BadConfig, match="classification: there are no boxes"):
+        exports.export(run, ("onnx",), data=pictures(), with_nms=True)
+
+
 def test_a_bundle_brings_the_cpp_example_of_its_runtime(run: Path, rows: dict[tuple[str, str], exports.Row]) -> None:
     text = (run / "exports" / "torchscript-float32" / "run.cpp").read_text()
     assert "torch::jit::load" in text

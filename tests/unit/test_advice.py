@@ -103,7 +103,7 @@ def test_an_original_that_knows_the_select_images_too_well_is_told(
     said = seen_before(Estimate(*select, 1000), Estimate(*report, 1000))
     assert bool(said) == told
     for one in said:
-        assert f"{select[0]:.1f} % of the select images but only {report[0]:.1f} %" in one.en
+        assert f"{select[0]:.1f} % on the select images but only {report[0]:.1f} %" in one.en
         assert "--held-out" in one.en
         assert "--held-out" in one.zh
         assert f"{report[0]:.1f} %" in one.zh

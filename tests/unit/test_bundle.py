@@ -407,7 +407,7 @@ def test_run_py_prepares_images_exactly_as_lighten_does(name: str, photos: dict[
     spec.loader.exec_module(run)
     for kind, path in photos.items():
         want = to_pixels(open_image(path), how)
-        got = run.pixels(path)
+        got = run.pixels(run.upright(path))
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, want, err_msg=kind)
         np.testing.assert_array_equal(run.normalize(got[None]), normalize(want[None], how), err_msg=kind)
@@ -430,11 +430,11 @@ def test_every_runtime_has_a_run_py_of_its_own(format: str) -> None:
     text = bundles.runner(format)
     compile(text, "run.py", "exec")
     assert text.count("def load_model(") == 1
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 100
 
 
 def test_run_py_is_short_and_needs_nothing_of_lighten(made: Path) -> None:
     text = (made / "run.py").read_text("utf-8")
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 100
     assert "import lighten" not in text
     assert "from lighten" not in text

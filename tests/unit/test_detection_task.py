@@ -14,7 +14,8 @@ from lighten.heads import Head, Level
 from lighten.kit import average_precision as ap
 from lighten.kit import boxes
 from lighten.tasks import detection
-from lighten.tasks.detection import Drift, Found, bind
+from lighten.tasks.detection import Found, bind
+from lighten.types import BoxDrift as Drift
 from lighten.types import ClassChange, Estimate
 
 pytest.importorskip("faster_coco_eval")

@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 
 from lighten.errors import BadConfig
 from lighten.kit import draw as module
-from lighten.kit.draw import COLOURS, colour, draw, font_for, missing
+from lighten.kit.draw import COLOURS, colour, draw, font_for, labelled, missing
 
 GREY = 120
 ENGLISH, CHINESE = ("cat", "traffic light"), ("猫", "红绿灯")
@@ -51,6 +51,19 @@ def test_the_frame_is_on_the_edges_of_the_box_in_the_class_s_colour(size: tuple[
         assert tuple(pixels[y, x]) == colour(0)
     inner = pixels[y1 + h // 20 : y2 - h // 20, x1 + w // 20 : x2 - w // 20]
     assert (inner == GREY).all(), "what was found stays to be seen"
+
+
+def test_labels_stand_in_the_corner_one_under_the_other() -> None:
+    before = grey(400, 300)
+    one, two = (changed(labelled(before, texts), before) for texts in (["cat 87%"], ["cat 87%", "dog 9%"]))
+    rows = [np.flatnonzero(seen.any(1)) for seen in (one, two)]
+    assert rows[0][0] <= 4
+    assert 1.5 * len(rows[0]) < len(rows[1]) < 60
+    assert not one[:, 150:].any()
+    assert not two[:, 150:].any()
+    assert (one[: rows[0][-1]] <= two[: rows[0][-1]]).all(), "the first label is where it was"
+    assert not changed(labelled(before, []), before).any()
+    assert labelled(before[..., :1], ["a" * 500]).size == (400, 300)
 
 
 def test_the_image_itself_is_left_alone() -> None:

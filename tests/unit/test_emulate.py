@@ -17,6 +17,7 @@ from PIL import Image
 
 pytest.importorskip("onnx")
 
+from quadrants import write_detector
 from test_bundle import HOW, change, write_bundle
 
 from lighten import bundle as bundles
@@ -188,6 +189,24 @@ def test_a_changed_label_or_a_nan_fails_whatever_is_allowed(compared: Callable[.
 
     for edit in (flip, nan):
         assert not compared(edit, activations="float32").passed
+
+
+def test_a_detector_is_held_to_its_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulate, "qemu_version", lambda: "qemu 7")
+    found = bundles.load(write_detector(tmp_path))
+    ours = found.golden()["outputs"]
+
+    def compared(theirs: np.ndarray) -> emulate.Emulated:
+        return compare(found, PI4, _answers(ours), _answers(theirs), None, "golden images", (0.0, 1.0))
+
+    same = compared(ours.copy())
+    assert same.passed
+    assert (same.what, same.same, same.compared, same.golden_same, same.golden) == ("boxes", 16, 16, 16, 16)
+    assert "16 of 16 boxes are the same" in same.lines[0]
+    moved = ours.copy()
+    moved[3, :, :4] = 0.1
+    assert not compared(moved).passed
+    assert compared(moved).same == 15
 
 
 def test_another_number_of_classes_is_no_comparison(made: Path) -> None:

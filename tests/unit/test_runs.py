@@ -28,6 +28,7 @@ from lighten.types import (
     Recipe,
     Result,
     Step,
+    Trial,
     to_json,
 )
 
@@ -266,6 +267,44 @@ def test_other_images_and_a_busy_machine_are_seen_by_the_original() -> None:
 def test_only_finished_runs_are_compared(out: Path) -> None:
     with pytest.raises(BadBundle, match="has not finished"):
         runs.compare(run(sample_result()), runs.read_run(out / "part"))
+
+
+# --- detectors ----------------------------------------------------------------------------------------
+
+
+def detectors(result: Result) -> Result:
+    """The same result as if a detector's metric had been measured."""
+
+    def renamed(one: Trial) -> Trial:
+        return dataclasses.replace(one, evidence=one.evidence and dataclasses.replace(one.evidence, metric_name="mAP"))
+
+    return dataclasses.replace(
+        result, task="detection", baseline=renamed(result.baseline), trials=tuple(map(renamed, result.trials))
+    )
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_two_detectors_are_compared_by_their_own_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lang: str
+) -> None:
+    write(tmp_path / "a", detectors(sample_result()))
+    write(tmp_path / "b", detectors(sample_result(data="other")))
+    code, text = said(monkeypatch, 100, "compare", "a", "b", "--out", str(tmp_path), "--lang", lang)
+    assert code == 0
+    for word in ("top-1", "ccurac", "准确率", "nan"):
+        assert word not in text
+    assert ("报告图片 mAP" if lang == "zh" else "mAP, report images") in text
+    assert ("mAP 不可比较" if lang == "zh" else "Values of mAP are not comparable") in text
+
+
+def test_an_average_precision_has_no_binomial_error_and_another_metric_is_not_compared() -> None:
+    found = runs.compare(run(detectors(sample_result())), run(detectors(sample_result()), "b"))
+    assert found.metric == "mAP"
+    assert all(math.isnan(row.error) for row in found.classes)
+    mixed = runs.compare(run(sample_result()), run(detectors(sample_result()), "b"))
+    assert (mixed.metric, mixed.classes) == ("", ())
+    assert not {"report metric", "metric", "drop"} & {f.what for f in mixed.figures}
+    assert any("Different tasks" in w.en and "Accuracies" in w.en for w in mixed.warnings)
 
 
 # --- the two commands -------------------------------------------------------------------------------

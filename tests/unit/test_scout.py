@@ -18,11 +18,13 @@ from lighten import cost, scout
 from lighten.data.splits import ArrayImages, Split
 from lighten.errors import RefusedFormat
 from lighten.kit import channels, importance, norms
+from lighten.plugins import get
 from lighten.search.widths import layer_bytes
 from lighten.types import ChannelGroup, Data, Device, Job, LayerCost, LayerShape, Precision, Recipe, Step, WidthCost
 from nets import CLASSES, SHAPE, images, net
 
 PROTECT = ("fc",)
+TASK = get("tasks", "classification")
 BASE = evidence()
 DEVICE = Device("pc", "PC", "电脑", ("onnx",), channel_multiple=8)
 
@@ -49,18 +51,18 @@ def test_divergence_is_that_of_scipy() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 5, (20, 7)).astype(np.float32), rng.normal(0, 5, (20, 7)).astype(np.float32)
     by_hand = rel_entr(softmax(a.astype(np.float64), 1), softmax(b.astype(np.float64), 1)).sum(1).mean()
-    assert scout.divergence(a, b) == pytest.approx(by_hand, rel=1e-12)
+    assert scout.damage(TASK, a, b) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_divergence_of_two_classes_by_hand() -> None:
     even, sure = np.zeros((1, 2)), np.log([[0.8, 0.2]])  # 0.5 ln(0.5 / 0.8) + 0.5 ln(0.5 / 0.2)
-    assert scout.divergence(even, sure) == pytest.approx(0.5 * math.log(0.25 / 0.16))
-    assert scout.divergence(even, even + 3) == pytest.approx(0)  # softmax does not know a constant
+    assert scout.damage(TASK, even, sure) == pytest.approx(0.5 * math.log(0.25 / 0.16))
+    assert scout.damage(TASK, even, even + 3) == pytest.approx(0)  # softmax does not know a constant
 
 
 def test_divergence_takes_large_outputs_and_says_infinite_where_there_is_none() -> None:
-    assert scout.divergence(np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]])) == pytest.approx(1e4)
-    assert scout.divergence(np.zeros((1, 2)), np.array([[0.0, np.nan]])) == math.inf
+    assert scout.damage(TASK, np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]])) == pytest.approx(1e4)
+    assert scout.damage(TASK, np.zeros((1, 2)), np.array([[0.0, np.nan]])) == math.inf
 
 
 # --- which widths -----------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lighten.data import builtin
+from lighten.data import boxes, builtin, composed
 from lighten.data.images import DAMAGE, SUFFIXES, eight_bit
 from lighten.data.splits import ArrayImages, FileImages, Images, ListImages, Split, stratified
 from lighten.errors import BadData
-from lighten.types import Data, Progress, digest, silent
+from lighten.types import Data, Preprocess, Progress, digest, silent
 
-__all__ = ["Split", "load"]
+__all__ = ["Split", "framed", "has_boxes", "load"]
 
 CALIBRATE, SELECT, SELECT_BUILTIN = 512, 2000, 5000
 MAX_CLASSES = 100_000
@@ -35,7 +35,8 @@ def load(
     progress: Progress = silent,
 ) -> Data:
     """`spec` is a folder of class folders (or train/ and val/ of them), a built-in name, or an iterable of
-    (image, label); a `Data` passes unchanged.
+    (image, label); with boxes, a COCO, YOLO or Pascal VOC folder, its JSON or YAML, {"train": {"images", "annotations"}},
+    or composed. A `Data` passes unchanged.
 
     `held_out` are the numbers or names of the training images that the model was not trained on: calibrate and select
     then take only those. Raises BadData, naming the folder or item."""
@@ -50,6 +51,10 @@ def _load(spec: Any, seed: int, calibrate: int, select: int | None, progress: Pr
         from lighten.data import demo
 
         return demo.data()
+    if composed.is_name(spec):
+        return composed.load(spec, calibrate=calibrate, select=select, progress=progress)
+    if isinstance(spec, dict) or (isinstance(spec, str | Path) and boxes.kind_of(Path(spec))):
+        return boxes.load_boxes(spec, seed=seed, calibrate=calibrate, select=select or SELECT, progress=progress)
     if isinstance(spec, str) and spec in builtin.known():
         return _load_builtin(spec, seed, calibrate, select or SELECT_BUILTIN, progress)
     if isinstance(spec, str | Path):
@@ -60,6 +65,16 @@ def _load(spec: Any, seed: int, calibrate: int, select: int | None, progress: Pr
         f"{type(spec).__name__} is no data.",
         "Give a folder, a built-in name, or an iterable of (image, label).",
     )
+
+
+def has_boxes(data: Data) -> bool:
+    """Whether its labels are boxes."""
+    return bool(data.select.labels.ndim == 3)
+
+
+def framed(data: Data, how: Preprocess | None) -> Data:
+    """`data` with boxes, where it has any, in pixels of the network's input."""
+    return boxes.framed(data, how) if how is not None and has_boxes(data) else data
 
 
 def assemble(
@@ -99,7 +114,8 @@ def _holding_out(data: Data, held_out: tuple[int | str, ...], seed: int, calibra
         )
     calibrate = min(calibrate, max(1, len(rows) * 15 // 100))
     sizes = {"calibrate": calibrate, "select": min(select or len(rows), len(rows) - calibrate)}
-    found = stratified(np.asarray(pool.labels)[rows], sizes, seed)
+    fair = boxes.balanced if has_boxes(data) else stratified
+    found = fair(np.asarray(pool.labels)[rows], sizes, seed)
     mine = np.isin(data.report.rows, rows) if data.report.images is pool else np.zeros(len(data.report.rows), bool)
     if mine.any():
         raise BadData(
@@ -152,8 +168,9 @@ def _load_builtin(name: str, seed: int, calibrate: int, select: int, progress: P
 
 def _load_folder(root: Path, seed: int, calibrate: int, select: int) -> Data:
     if not root.is_dir():
-        known = ", ".join([*builtin.known(), "demo"])
-        raise BadData(f"{root} is not a folder.", f"Give a folder of class folders, or a built-in name ({known}).")
+        known = ", ".join([*builtin.known(), "demo", "composed"])
+        to_do = f"Give a folder of class folders, a COCO, YOLO or Pascal VOC set, or a built-in name ({known})."
+        raise BadData(f"{root} is not a folder.", to_do)
     train = next((root / n for n in TRAIN_NAMES if (root / n).is_dir()), None)
     test = next((root / n for n in TEST_NAMES if (root / n).is_dir()), None)
     # Class folders may themselves be called "train" or "test": a layout is a pair, or a "train" with folders in it.

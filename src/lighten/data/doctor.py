@@ -12,6 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
+from lighten.data.preprocess import frame_of
 from lighten.data.splits import Split
 from lighten.errors import BadData, BadImage
 from lighten.types import Data, Preprocess
@@ -102,6 +103,17 @@ def suspect_normalization(accuracy: float, classes: int, n: int) -> Finding | No
         "normalization",
         f"The original gets {accuracy:.1f} % of {n} images right; guessing gets {100 * chance:.1f} %.",
         "Its preprocessing (size, mean, std, channel order) or its order of classes is probably another.",
+    )
+
+
+def suspect_blindness(average: float, n: int) -> Finding | None:
+    """Does a detector find next to nothing: mAP under a point, over `n` images?"""
+    if average >= 1.0:
+        return None
+    return _warning(
+        "blind",
+        f"The original finds next to nothing: mAP {average:.2f} % on {n} images.",
+        "Its preprocessing (size, letterbox, mean, std, channel order) or its order of classes is probably another.",
     )
 
 
@@ -273,9 +285,9 @@ def _originals(split: Split, how: Preprocess) -> Iterator[Finding]:
     if not sizes:
         return
     width, height = np.array(sizes, float).T
-    scale = (how.resize or how.height) / np.minimum(width, height)
+    frames = [frame_of(w, h, how) for w, h in sizes]
+    scale = np.array([max(f.scale_x, f.scale_y) for f in frames])
     if how.mode == "stretch":
-        scale = np.maximum(how.width / width, how.height / height)
         bend = (width / height) / (how.width / how.height)
         bend = np.maximum(bend, 1 / bend)
         if np.mean(bend > DISTORTED) > 0.5:

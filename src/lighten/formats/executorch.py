@@ -37,7 +37,9 @@ def lacks(operators: Mapping[str, int], shape: tuple[int, ...]) -> str | None:
     """The operator that is neither in the delegate nor among ExecuTorch's portable kernels, or None."""
     from lighten.kit.pt2e import lacking
 
-    missing = lacking(operators, lambda op: op._schema.name in _portable())
+    known = _portable()
+    # A view is copied where the program is made functional (aten.view becomes aten.view_copy).
+    missing = lacking(operators, lambda op: bool({op._schema.name, f"{op._schema.name}_copy"} & known))
     return f"ExecuTorch has no kernel for {missing}" if missing else None
 
 

@@ -173,7 +173,9 @@ def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     def run(x: np.ndarray) -> np.ndarray:
         x = np.ascontiguousarray(x, np.float32)
         given = expr.const(x, list(x.shape), expr.NCHW)
-        return np.array(expr.convert(module.forward([given])[0], expr.NCHW).read(), np.float32).reshape(len(x), -1)
+        answer = expr.convert(module.forward([given])[0], expr.NCHW)
+        shape = [d for d in answer.shape[1:] if d != 1] or [-1]  # (N, classes, 1, 1) is flat; a detector's is not
+        return np.array(answer.read(), np.float32).reshape(len(x), *shape)
 
     return run
 

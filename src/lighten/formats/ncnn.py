@@ -229,7 +229,8 @@ def load(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
         code, answer = work.extract(OUTPUT)
         if code:
             raise BadBundle(f"{path} gives no answer (ncnn's code {code}).", "Fetch or build both files again.")
-        return np.array(answer, np.float32).reshape(-1)
+        found = np.array(answer, np.float32)
+        return found if found.ndim == 2 and min(found.shape) > 1 else found.reshape(-1)  # a detector's places x values
 
     return lambda x: np.stack([one(image) for image in np.asarray(x, np.float32)])
 

@@ -6,12 +6,15 @@ import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lighten.errors import BadBundle
 from lighten.types import Device, Precision, Preprocess, Weight
+
+if TYPE_CHECKING:
+    from lighten.kit.onnx_boxes import BoxRules
 
 REQUIRES = ("onnx", "onnxscript")
 RUNS_ON = ("onnxruntime",)
@@ -70,15 +73,25 @@ def export(module: Any, shape: tuple[int, ...], path: Path, precision: Precision
             half=half_weights(module, precision),
         )
     elif precision.weights == "float16":
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-        from onnxruntime.transformers.onnx_model import OnnxModel
-
-        model = convert_float_to_float16(model, keep_io_types=True)
-        OnnxModel.graph_topological_sort(model.graph)  # the converter appends its casts at the end
+        model = _in_float16(model)
     strip(model)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
     return ()
+
+
+def _in_float16(model: Any) -> Any:
+    """The model computing in float16, by ONNX Runtime's converter; inputs and outputs stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    model = convert_float_to_float16(model, keep_io_types=True)
+    # Two Resize nodes that share their scales get the same cast twice.
+    nodes = list({tuple(node.output): node for node in model.graph.node}.values())
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    OnnxModel.graph_topological_sort(model.graph)  # the converter appends its casts at the end
+    return model
 
 
 def bake(path: Path, how: Preprocess) -> None:
@@ -90,6 +103,27 @@ def bake(path: Path, how: Preprocess) -> None:
     model = into_onnx(onnx.load(str(path)), how)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+
+
+def put_boxes_in(path: Path, rules: BoxRules) -> None:
+    """Put decoding and suppression inside a detector's written file: it gives boxes (found, 7) from then on, see
+    `kit.onnx_boxes`. Raises BadModel where its outputs are not the head's."""
+    import onnx
+
+    from lighten.kit.onnx_boxes import into_onnx
+
+    model = into_onnx(onnx.load(str(path)), rules)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def take_boxes_out(path: Path, into: Path) -> None:
+    """Write the file that `path` was before boxes were put inside, with raw outputs. Raises BadModel where none are."""
+    import onnx
+
+    from lighten.kit.onnx_boxes import out_of_onnx
+
+    into.write_bytes(out_of_onnx(onnx.load(str(path))).SerializeToString())
 
 
 def strip(model: Any, keep_names: bool = False) -> None:

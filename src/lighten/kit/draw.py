@@ -45,6 +45,9 @@ FACES = 10
 NOWHERE = "\U0010fffd"
 """A character that no font has: it shows what a missing glyph looks like."""
 
+COMMON = "0A%"
+"""A font for Chinese names must have the letters of scores too."""
+
 LONGEST = 60
 """Characters of a name that are ever drawn."""
 
@@ -63,16 +66,29 @@ def draw(
     rows = np.asarray(found, np.float64).reshape(-1, 6)
     rows = rows[np.isfinite(rows[:, [0, 1, 2, 3, 5]]).all(1)]
     texts = [_text(row, names) for row in rows]
-    short = min(picture.size)
-    letters = font_for("".join(texts), max(9, round(9 + 0.016 * short)), font)
-    width, pen = max(1, round(short / 220)), ImageDraw.Draw(picture)
+    letters = font_for("".join(texts), _letters(picture), font)
+    width, pen = max(1, round(min(picture.size) / 220)), ImageDraw.Draw(picture)
     for row in rows[::-1]:
         _box(pen, np.clip(row[:4], -9, max(picture.size) + 9), colour(int(row[5])), width)
     taken: list[Rect] = []
-    for row, text in zip(rows, texts):
-        where = _place(pen, _fit(text, letters, picture.width), letters, tuple(row[:4]), picture.size, taken)
+    for row, text in zip(rows, [_fit(text, letters, picture.width) for text in texts]):
+        where = _place(pen, text, letters, tuple(row[:4]), picture.size, taken)
         taken.append(where)
-        _label(pen, _fit(text, letters, picture.width), letters, where, colour(int(row[5])))
+        _label(pen, text, letters, where, colour(int(row[5])))
+    return picture
+
+
+def labelled(image: Image.Image | np.ndarray, texts: Sequence[str], font: str | Path | None = None) -> Image.Image:
+    """A copy of `image` with `texts` under each other in its upper left corner. Raises BadConfig as `draw` does."""
+    picture = _picture(image)
+    plain = [_plain(text) for text in texts]
+    letters, pen = font_for("".join(plain), _letters(picture), font), ImageDraw.Draw(picture)
+    y = 2.0
+    for k, text in enumerate(plain):
+        text = _fit(text, letters, picture.width)
+        left, top, right, bottom = pen.textbbox((0, 0), text, font=letters)
+        _label(pen, text, letters, (2, y, right - left + 8, y + bottom - top + 5), (255, 255, 255) if k else (0, 0, 0))
+        y += bottom - top + 6
     return picture
 
 
@@ -91,10 +107,19 @@ def _picture(image: Image.Image | np.ndarray) -> Image.Image:
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
+def _letters(picture: Image.Image) -> int:
+    """How high the letters are, in pixels."""
+    return max(9, round(9 + 0.016 * min(picture.size)))
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:LONGEST]).strip()
+
+
 def _text(row: np.ndarray, names: Sequence[str]) -> str:
     k = int(row[5])
     name = names[k] if 0 <= k < len(names) else str(k)
-    plain = "".join(c if c.isprintable() else " " for c in str(name)[:LONGEST]).strip()
+    plain = _plain(str(name))
     return plain if np.isnan(row[4]) else f"{plain} {100 * row[4]:.0f}%"
 
 
@@ -150,9 +175,10 @@ def font_for(text: str, size: int, font: str | Path | None = None) -> Any:
     wanted = "".join(sorted(set(text) - {" "}))
     if font is not None:
         return _named(str(font), size, wanted)
-    for path, index in _system(wanted) if not wanted.isascii() else ():
-        return ImageFont.truetype(path, size, index)
-    own = ImageFont.load_default(size)
+    rare = "".join(c for c in wanted if not c.isascii())
+    for path, index in _system(rare + COMMON) if rare else ():
+        return _face(path, size, index)
+    own = _own(size)
     if lacking := missing(own, wanted):
         raise BadConfig(f"No font on this machine can write {lacking[:20]}.", TO_DO)
     return own
@@ -164,14 +190,26 @@ def missing(font: Any, text: str) -> str:
     return "".join(c for c in text if not c.isspace() and _shape(font, c) == unknown)
 
 
+@lru_cache(maxsize=2048)
 def _shape(font: Any, character: str) -> tuple[Any, bytes]:
     mask = font.getmask(character)
     return mask.size, bytes(mask)
 
 
+@lru_cache(maxsize=16)
+def _face(path: str, size: int, index: int) -> Any:
+    """Opened once: every frame of a video asks for it."""
+    return ImageFont.truetype(path, size, index)
+
+
+@lru_cache(maxsize=16)
+def _own(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
 def _named(font: str, size: int, wanted: str) -> Any:
     for found, index in _faces(font):
-        face = ImageFont.truetype(found, size, index)
+        face = _face(found, size, index)
         if not (lacking := missing(face, wanted)):
             return face
         raise BadConfig(f"The font {font} cannot write {lacking[:20]}.", TO_DO)
@@ -183,7 +221,7 @@ def _system(wanted: str) -> tuple[tuple[str, int], ...]:
     """The first face of this machine that has all of `wanted`; empty where none has."""
     for path in _candidates():
         for face in _faces(path):
-            if not missing(ImageFont.truetype(face[0], 16, face[1]), wanted):
+            if not missing(_face(face[0], 16, face[1]), wanted):
                 return (face,)
             break
     return ()
@@ -203,7 +241,8 @@ def _candidates() -> Iterator[str]:
     yield from sorted(listed, key=lambda path: ("Serif" in path, "Bold" in path, path))
 
 
-def _faces(path: str) -> list[tuple[str, int]]:
+@lru_cache(maxsize=64)
+def _faces(path: str) -> tuple[tuple[str, int], ...]:
     """The faces of a font file, those for simplified Chinese first: a collection has Japanese ones too."""
     found = []
     for index in range(FACES):
@@ -212,4 +251,4 @@ def _faces(path: str) -> list[tuple[str, int]]:
         except (OSError, ValueError):
             break
     found.sort(key=lambda row: (not str(row[0][0]).endswith((" SC", " GB")), row[1]))
-    return [(path, index) for _, index in found]
+    return tuple((path, index) for _, index in found)

@@ -99,6 +99,8 @@ def recover(
     """
     if job.data.train is None or not len(job.data.train):
         raise BadConfig("There are no training images to recover on.", "Give some, or leave training out.")
+    if settings.once and job.head is not None:
+        raise BadConfig("recover: once: a detector's boxes move with every view.", "Leave once out.")
     model.requires_grad_(True)  # an average of a training before asks for no gradients
     began = time.monotonic()
     asked = _teacher(teacher) if settings.asks_the_teacher else None
@@ -170,9 +172,11 @@ def _compared(model: nn.Module, teacher: nn.Module, job: Job, features: bool) ->
         with torch.no_grad():
             got = model(x)
         if isinstance(got, Tensor) and got.shape != wanted.shape:
+            ours, theirs = (" x ".join(map(str, t.shape[1:])) for t in (got, wanted))
+            of = "classes" if wanted.ndim == 2 else "places x values"
             raise BadConfig(
-                f"The teacher answers with {wanted.shape[1]} classes, the student with {got.shape[1]}.",
-                "Build the student with as many classes as the teacher has.",
+                f"The teacher answers with {theirs} {of}, the student with {ours}.",
+                f"Build the student with as many {of} as the teacher has.",
             )
         return _layers(model, teacher, x) if features else ()
     finally:

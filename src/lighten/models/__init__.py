@@ -8,6 +8,10 @@ from typing import Any
 
 def builders() -> dict[str, Callable[..., Any]]:
     """Every architecture of our own; torch is imported when one is asked for."""
-    from lighten.models import resnet
+    from lighten.models import nano_detector, resnet
 
-    return {"resnet20": resnet.resnet20, "resnet56": resnet.resnet56}
+    return {
+        "nano_detector": nano_detector.nano_detector,
+        "resnet20": resnet.resnet20,
+        "resnet56": resnet.resnet56,
+    }

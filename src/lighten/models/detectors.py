@@ -221,11 +221,17 @@ def classes_in(name: str, tensors: dict[str, Tensor]) -> int | None:
     return counts.pop() - 1 if len(counts) == 1 else None
 
 
-def check(model: nn.Module, input_shape: Shape) -> Head:
-    """The head of a detector, held to what it answers. Raises BadModel naming what does not fit together."""
+def check(model: nn.Module, input_shape: Shape, classes: int | None = None) -> Head:
+    """The head of a detector, held to what it answers, and to the number of classes where that is known. Raises BadModel
+    naming what does not fit together."""
     if not is_detector(model):
         raise _unknown(model)
-    head = model.head(input_shape)
+    head: Head = model.head(input_shape)
+    if classes is not None and head.classes != classes:
+        raise BadModel(
+            f"The detector has {head.classes} classes, the data {classes}.",
+            "Check --classes and the data's class list.",
+        )
     with torch.inference_mode():
         out = copy.deepcopy(model).eval()(torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)))
     want = (2, head.places, head.values)

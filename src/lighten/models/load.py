@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lighten.errors import BadModel, UnknownName, UntrustedCode
+from lighten.models import detectors
 from lighten.plugins import require
 from lighten.types import Preprocess
 
@@ -39,6 +40,8 @@ def build(arch: str, *, classes: int | None = None, trust_code: bool = False) ->
     options = {} if classes is None else {"num_classes": classes}
     if home == "torchvision":
         models = require("torchvision", "compress", f"build {arch}").models
+        if name in detectors.KNOWN:
+            return detectors.build(name, classes)
         _known("torchvision architecture", name, models.list_models())
         return models.get_model(name, weights=None, **options)
     if home == "timm":
@@ -146,6 +149,8 @@ def _named_as(want: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, 
 def own_preprocess(arch: str, model: nn.Module) -> Preprocess | None:
     """What timm or torchvision say of the weights of this architecture; None where they say nothing, or something
     that `Preprocess` cannot hold (padding, or a centre cut of a stretched image)."""
+    if isinstance(model, detectors.TorchvisionRaw):
+        return model.preprocess()
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config.get("mean") and config.get("input_size"):
         return _from_timm(config)
@@ -361,6 +366,9 @@ def _count_classes(arch: str, tensors: dict[str, Tensor], trust_code: bool) -> i
     """The rows of the classifier: the last 1-D bias or 2-D weight whose shape alone differs from the default model."""
     if ".py:" in arch:
         return None
+    home, _, name = arch.rpartition(":")
+    if home == "torchvision" and name in detectors.KNOWN:
+        return detectors.classes_in(name, tensors)
     with torch.device("meta"):
         default = build(arch, trust_code=trust_code).state_dict()
     differs = [k for k, v in tensors.items() if k in default and v.shape != default[k].shape and v.ndim >= 1]

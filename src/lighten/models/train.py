@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lighten.config import check_keys, read_yaml
+from lighten.data import framed, has_boxes
 from lighten.data import load as load_data
 from lighten.data.cache import write_whole
 from lighten.errors import BadConfig
-from lighten.plugins import get
-from lighten.types import Device, Job, Preprocess, Progress, silent, to_json
+from lighten.plugins import get, task_of
+from lighten.types import Data, Device, Job, Preprocess, Progress, metric_title, silent, to_json
 
 KEYS = ("arch", "classes", "weights", "data", "preprocess", "fit", "out", "seed")
 
@@ -22,7 +23,8 @@ def train(
 ) -> dict[str, Any]:
     """Train as `config` says; writes `model.safetensors` and `training.json` into the out folder, and resumes there.
 
-    Returns the contents of training.json: top-1 on the select and report splits, the settings, the history.
+    Data with boxes trains a detector. Returns the contents of training.json: top-1 or mAP on the select and report
+    splits, the settings, the history. The checkpoint describes itself: architecture, classes, preprocessing.
     """
     values = read_yaml(config, KEYS)
     for key in ("arch", "data", "preprocess", "out"):
@@ -31,23 +33,24 @@ def train(
     from lighten.kit.fit import FitSettings, best_device, fit
     from lighten.kit.infer import outputs
 
-    task = get("tasks", "classification")
     check_keys(values["preprocess"], [f.name for f in dataclasses.fields(Preprocess)], f"{config}, preprocess")
     check_keys(values.get("fit", {}), [f.name for f in dataclasses.fields(FitSettings)], f"{config}, fit")
     how, settings = _settings(config, values, FitSettings)
     folder = out or Path(values["out"])
-    data = load_data(values["data"], seed=values.get("seed", 0), progress=progress)
+    data = framed(load_data(values["data"], seed=values.get("seed", 0), progress=progress), how)
     model = _model(values, len(data.classes), trust_code)
     select = data.select.prepare(how, progress, "select")
-    job = Job(data, "classification", Device("", "", "", ()), how, seed=settings.seed, progress=progress)
+    job = _job(model, data, how, settings.seed, progress)
+    task = task_of(job)
+    metric = metric_title(task.METRIC)
     history: list[dict[str, float]] = []
 
     def after(epoch: int, current: Any, mean_loss: float) -> None:
         if epoch % 5 and epoch != settings.epochs:
             return
         got = task.score(outputs(current, select, how, batch=500), select.labels)
-        history.append({"epoch": epoch, "loss": round(mean_loss, 4), "select_top1": round(got.value, 2)})
-        log(f"{folder.name}  epoch {epoch:3d}  loss {mean_loss:.4f}  select top-1 {got} %")
+        history.append({"epoch": epoch, "loss": round(mean_loss, 4), f"select_{task.METRIC}": round(got.value, 2)})
+        log(f"{folder.name}  epoch {epoch:3d}  loss {mean_loss:.4f}  select {metric} {got} %")
 
     def loss(net: Any, x: Any, y: Any) -> Any:
         return task.loss(net, x, y, settings.label_smoothing)
@@ -59,8 +62,20 @@ def train(
         name: task.score(outputs(trained, split, how, batch=500), split.labels)
         for name, split in (("select", select), ("report", report))
     }
-    record = _save(folder, trained.cpu(), values, how, settings, scores, history, data)
-    return {**record, "folder": str(folder)}
+    record = _save(folder, trained.cpu(), values, how, settings, scores, history, data, trust_code)
+    return {**record, "metric": metric, "folder": str(folder)}
+
+
+def _job(model: Any, data: Data, how: Preprocess, seed: int, progress: Progress) -> Job:
+    """What the fit loop and the task read; of a detector its head too. Raises BadModel, MissingBackend."""
+    job = Job(data, "classification", Device("", "", "", ()), how, seed=seed, progress=progress)
+    if not has_boxes(data):
+        return job
+    from lighten.models import detectors
+
+    get("tasks", "detection", needs="REQUIRES")
+    head = detectors.check(model, how.input_shape, len(data.classes))
+    return dataclasses.replace(job, task="detection", head=head)
 
 
 def _settings(config: Path, values: dict[str, Any], kind: Any) -> tuple[Preprocess, Any]:
@@ -96,9 +111,10 @@ def _save(
     settings: Any,
     scores: dict[str, Any],
     history: list[dict[str, float]],
-    data: Any,
+    data: Data,
+    trust_code: bool,
 ) -> dict[str, Any]:
-    from safetensors.torch import save
+    from lighten.models.saved import save
 
     record = {
         "arch": values["arch"],
@@ -110,7 +126,14 @@ def _save(
         "scores": to_json(scores),
         "history": history,
     }
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    write_whole(folder / "model.safetensors", save(state, metadata={"arch": values["arch"]}))
+    save(
+        folder / "model.safetensors",
+        model,
+        values["arch"],
+        classes=len(data.classes),
+        preprocess=how,
+        class_names=data.classes,
+        trust_code=trust_code,
+    )
     write_whole(folder / "training.json", json.dumps(record, indent=1, ensure_ascii=False))
     return record

@@ -47,11 +47,16 @@ PASSING = (
     aten.constant_pad_nd,
     aten.pixel_shuffle,
     aten.channel_shuffle,
+    aten.upsample_nearest2d,
 )
 """Operators that only move values: output and input share one scale, so nothing is rounded twice."""
 
 NOTHING = (aten.dropout, aten.dropout_, aten.contiguous, aten.clone, aten.alias)
 """Operators that do nothing at inference."""
+
+JOINING = (aten.cat,)
+MOVING = (*PASSING, *NOTHING, *JOINING)
+"""Operators behind which an answer is still the answer of the layer before."""
 
 
 def packet(node: Any) -> Any:

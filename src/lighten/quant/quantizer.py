@@ -46,6 +46,8 @@ class PolicyQuantizer(Quantizer):
 
     def _annotate(self, node: Node) -> None:
         kind = policy.packet(node)
+        if kind in policy.JOINING and _is_answer(node):
+            return
         if kind in policy.COMPUTE:
             self._compute(node, policy.COMPUTE[kind])
         elif kind in (*policy.ELEMENTWISE, *policy.AVERAGE, *policy.CURVED) and not self._reads_constant(node):
@@ -68,9 +70,10 @@ class PolicyQuantizer(Quantizer):
         if isinstance(x, Node) and activations in BITS:
             inputs[x] = self._activation(BITS[activations])
         last = fused_after(node)
-        annotate(node, inputs, None if last is not node or _is_answer(node) else self._output(node))
+        output = None if _is_answer(last) else self._output(last)
+        annotate(node, inputs, output if last is node else None)
         if last is not node:
-            annotate(last, {}, self._output(last))
+            annotate(last, {}, output)
 
     def _wanted(self, node: Node) -> tuple[str, str]:
         """Precision of a layer's weights and of the activations it reads."""
@@ -156,8 +159,11 @@ def annotate(node: Node, inputs: dict[Node, Any], output: Any) -> None:
 
 
 def _is_answer(node: Node) -> bool:
-    """Whether the value leaves the network: those stay float, so that answers are not rounded."""
-    return any(user.op == "output" for user in node.users)
+    """Whether the value leaves the network, perhaps moved and joined with others: those stay float, so that answers are
+    not rounded. Box numbers and class scores that a detector joins would else share one scale."""
+    return any(
+        user.op == "output" or (policy.packet(user) in policy.MOVING and _is_answer(user)) for user in node.users
+    )
 
 
 def _gives_quantized(node: Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ Env = dict[Node, Any]
 Rounding = Callable[[Tensor], Tensor]
 
 CHOICES: tuple[Choice, ...] = (("int4", "int8"), ("int8", "int8"), ("float32", "float32"))
+Damage = Callable[[Tensor, Tensor], Tensor]
+"""From the float answers of some images and other ones to how far these are from those, one value an image."""
 BITS = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}
 MEMORY = 1 << 30
 """Bytes of activations that are kept between layers; batches beyond it start from their images again."""
@@ -40,6 +42,8 @@ def scan(
     device: Device,
     choices: Sequence[Choice] = CHOICES,
     *,
+    only: Collection[str] = (),
+    damage: Damage | None = None,
     labels: Tensor | None = None,
     known: Iterable[LayerCost] = (),
     made: Callable[[LayerCost], None] = lambda row: None,
@@ -52,26 +56,28 @@ def scan(
 
     One layer's weight and input are rounded as the runtime will, everything else stays float (Dong et al., 2019, "HAWQ",
     rank layers by curvature instead; here the damage itself is measured). `batches` (N, C, H, W), 128 to 256 images in
-    all, choose the ranges too. `labels` (images,) add the points of top-1 lost. A GraphModule is taken as folded already.
+    all, choose the ranges too. `damage` measures it, the divergence of softmax answers (images, classes) if not given.
+    `labels` (images,) add the points of top-1 lost. A GraphModule is taken as folded already.
 
-    Rows of `known` are not measured again; `made` is given each new row at once, so that a caller can write it and
+    Where layers are named by `only`, no others are measured. Rows of `known` are not measured again; `made` is given each new row at once, so that a caller can write it and
     resume; `step` is told the layers done. `timed` times each layer on this machine, which says something about
     `device` only where it has this processor. `model` is not changed. Raises BadData on NaN, no or misshapen images,
-    BadModel on graphs that cannot be captured or whose answers are not (batch, classes), BadConfig on unknown choices.
+    BadModel on graphs that cannot be captured or whose answers are not what is measured, BadConfig on unknown choices.
     """
     _check_choices(choices)
     finished = {row.key: row for row in known}
     folded = copy.deepcopy(model) if isinstance(model, GraphModule) else graphs.fold(model, shape)
-    names = dict.fromkeys(layer.name for layer in graphs.layers(folded))
+    names = dict.fromkeys(layer.name for layer in graphs.layers(folded) if not only or layer.name in only)
     if all((name, *choice) in finished for name in names for choice in choices):
         return tuple(finished[(name, *choice)] for name in names for choice in choices)
     images = _checked(batches, shape, labels)
     times = time_layers(folded, shape, choices, device) if timed else {}
     plan = prepare(folded, Precision("int8", "int8"), device, methods)
     calibrate(plan, images)
-    bench = _Bench(_Walk(plan.graph), images, labels, choices, finished, times, memory)
+    walk = _Walk(plan.graph, scores=damage is None)
+    bench = _Bench(walk, images, labels, choices, finished, times, memory, damage or divergences)
     rows: list[LayerCost] = []
-    for done, parts in enumerate(_by_name(plan.layers), 1):
+    for done, parts in enumerate((p for p in _by_name(plan.layers) if p[0].name in names), 1):
         for row in bench.weigh(parts):
             if row.key not in finished:
                 made(row)
@@ -135,9 +141,10 @@ class _Bench:
         finished: Mapping[tuple[str, str, str], LayerCost],
         times: Mapping[tuple[str, str, str], float | None],
         memory: int,
+        damage: Damage,
     ) -> None:
         self.walk, self.labels, self.choices, self.finished = walk, labels, choices, finished
-        self.times, self.memory = times, memory
+        self.times, self.memory, self.damage = times, memory, damage
         self.starts = [_Start(x) for x in images]
         self.answers = [walk.answer(x) for x in images]
         walk.check(images[0], self.answers[0])
@@ -162,7 +169,7 @@ class _Bench:
         if not choices:
             return {}
         rounded = {c: {p.node: _roundings(self.walk.graph, p, c) for p in parts} for c in choices}
-        harms = {c: _Harm() for c in choices}
+        harms = {c: _Harm(self.damage) for c in choices}
         first = min(self.walk.place[p.node] for p in parts)
         behind = self.walk.behind([p.node for p in parts])
         for k, float_answer in enumerate(self.answers):
@@ -207,15 +214,16 @@ class _Bench:
 class _Harm:
     """What rounding did to the answers, batch by batch."""
 
-    divergence: float = 0.0
+    of: Damage
+    distance: float = 0.0
     noise: float = 0.0
     power: float = 0.0
     images: int = 0
     lost: list[Tensor] = field(default_factory=list)
 
     def add(self, before: Tensor, after: Tensor, labels: Tensor | None) -> None:
-        """Answers (N, classes) of the float network and of the rounded one, and the classes (N,) if they are known."""
-        self.divergence += float(divergences(before, after).sum())
+        """Answers of the float network and of the rounded one, and the classes (N,) if they are known."""
+        self.distance += float(self.of(before, after).sum())
         self.noise += float(((after.double() - before.double()) ** 2).sum())
         self.power += float((before.double() ** 2).sum())
         self.images += len(before)
@@ -224,8 +232,8 @@ class _Harm:
 
     @property
     def damage(self) -> float:
-        """Nats an image; infinite where an answer was not finite."""
-        mean = self.divergence / self.images
+        """Mean of an image; infinite where an answer was not finite."""
+        mean = self.distance / self.images
         return mean if math.isfinite(mean) else math.inf
 
     @property
@@ -317,8 +325,8 @@ def stored_bytes(graph: GraphModule, layer: Layer, weights: str) -> int:
 class _Walk:
     """Runs a graph between any two nodes; observers are seen through, so all is float but what is asked for."""
 
-    def __init__(self, graph: GraphModule) -> None:
-        self.graph = graph
+    def __init__(self, graph: GraphModule, scores: bool = True) -> None:
+        self.graph, self.scores = graph, scores
         self.nodes = [n for n in graph.graph.nodes if self._runs(n)]
         self.place = {n: k for k, n in enumerate(self.nodes)}
         self.input = next(n for n in graph.graph.nodes if n.op == "placeholder")
@@ -365,9 +373,9 @@ class _Walk:
 
     @torch.no_grad()
     def answer(self, x: Tensor) -> Tensor:
-        """The float answers (N, classes). Raises BadModel where they are of another shape or not finite."""
+        """The float answers, (N, classes) where they are `scores`. Raises BadModel on another shape or what is not finite."""
         got = _single(self.run({self.input: x}, 0, len(self.nodes))[self.nodes[-1]])
-        if got.ndim != 2:
+        if self.scores and got.ndim != 2:
             raise BadModel(
                 f"The model answers shape {tuple(got.shape)}; sensitivity is measured on (images, classes).",
                 "Scan a classifier.",

@@ -12,11 +12,12 @@ from typing import Any
 from lighten.data.cache import write_whole
 from lighten.errors import BadBundle
 from lighten.plugins import require
+from lighten.report.boxes import shown_names
 from lighten.report.view import view
 from lighten.types import SCHEMA_VERSION, Result, from_json
 
 _HERE = Path(__file__).parent
-_PNG = b"\x89PNG\r\n\x1a\n"
+_KINDS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|"} | {"\n": " ", "\r": " "})
 
 
@@ -26,7 +27,7 @@ def write(result: Result, folder: Path, *, lang: str = "en") -> tuple[Path, Path
     Thumbnails of `result.flips` are read from `folder`, else from the run folder; a missing one is not shown.
     Raises UnknownName (language), MissingBackend (jinja2), BadBundle (the original or winner was not measured).
     """
-    shown = view(result, lang, thumbnails(result, folder))
+    shown = view(result, lang, thumbnails(result, folder, lang))
     pages = folder / "report.html", folder / "report.md"
     for page, text in zip(pages, (_html(shown), _markdown(shown))):
         write_whole(page, text)
@@ -49,24 +50,24 @@ def read_result(folder: Path) -> Result:
     return dataclasses.replace(result, path=str(folder))
 
 
-def thumbnails(result: Result, folder: Path) -> dict[str, str]:
-    """The pictures of `result.flips` as data URIs, by the name used there; only PNG files inside the folder."""
+def thumbnails(result: Result, folder: Path, lang: str = "en") -> dict[str, str]:
+    """The pictures of `result.flips` as data URIs, by the name used there; only PNG and JPEG files inside the folder."""
     homes = [home.resolve() for home in (folder, *([Path(result.path)] if result.path else []))]
     found = {}
-    for name in {str(flip.get("thumbnail", "")) for flip in result.flips} - {""}:
-        data = next((data for home in homes if (data := _png(home, name))), None)
-        if data:
-            found[name] = "data:image/png;base64," + base64.b64encode(data).decode()
+    for name in shown_names(result.flips, lang):
+        if uri := next((uri for home in homes if (uri := _data_uri(home, name))), None):
+            found[name] = uri
     return found
 
 
-def _png(home: Path, name: str) -> bytes | None:
+def _data_uri(home: Path, name: str) -> str | None:
     try:
         file = (home / name).resolve()
         data = file.read_bytes() if file.is_relative_to(home) else b""
     except (OSError, ValueError):
         return None
-    return data if data.startswith(_PNG) else None
+    kind = next((kind for magic, kind in _KINDS.items() if data.startswith(magic)), None)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if kind else None
 
 
 def _html(shown: Mapping[str, Any]) -> str:

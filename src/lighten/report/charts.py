@@ -152,6 +152,31 @@ def shorten(text: str, width: float, size: float = FONT) -> str:
     return "…"
 
 
+def shortened(texts: Sequence[str], width: float, size: float = FONT) -> list[str]:
+    """Each text as `shorten` has it; different ones that would look the same from where they begin to differ on."""
+    short = [shorten(text, width, size) for text in texts]
+    for look in {s for s in short if len({t for t, other in zip(texts, short) if other == s}) > 1}:
+        alike = [k for k, s in enumerate(short) if s == look]
+        common = next(
+            k for k, signs in enumerate(itertools.zip_longest(*(texts[k] for k in alike))) if len({*signs}) > 1
+        )
+        for k in alike:
+            short[k] = _from(texts[k], common, width, size)
+    return short
+
+
+def _from(text: str, start: int, width: float, size: float) -> str:
+    """A little of the beginning, then the text from the word at `start` on, as much as there is room for."""
+    while start and (text[start - 1].isascii() and text[start - 1].isalnum()):
+        start -= 1
+    head = text[: min(start, 4)].rstrip() + "…"
+    for end in range(len(text), start, -1):
+        cut = head + text[start:end].rstrip() + ("…" if end < len(text) else "")
+        if text_width(cut, size) <= width:
+            return cut
+    return shorten(text, width, size)
+
+
 def svg_text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}">{escape(text)}</text>'
 
@@ -483,17 +508,18 @@ def diverging(changes: Sequence[Change], *, reach: float, width: float = 900, ti
         parts.append(f'<path class="{"axis" if v == 0 else "grid"}" d="M{x(v):.1f} 0V{bottom:.1f}"/>')
         if abs(v) in (0, reach):
             parts.append(svg_text(x(v), bottom + 17, f"{v:+g}".replace("-", "−") if v else "0", "tick", "middle"))
-    for k, change in enumerate(changes):
-        parts.append(_change_bar(change, x, step * k + 3, names, width))
+    labels = shortened([c.label for c in changes], names)
+    for k, (change, label) in enumerate(zip(changes, labels)):
+        parts.append(_change_bar(change, label, x, step * k + 3, width))
     return svg(width, bottom + 24, title, parts)
 
 
-def _change_bar(c: Change, x: Map, top: float, names: float, width: float) -> str:
+def _change_bar(c: Change, label: str, x: Map, top: float, width: float) -> str:
     start, end = sorted((x(0), x(c.by)))
     side = "worse" if c.by < 0 else "better" if c.by > 0 else "same"
     return (
         f'<g class="{side}"><title>{escape(c.label)}: {c.before:.1f} → {c.after:.1f} (n = {c.n})</title>'
-        f"{svg_text(0, top + 14, shorten(c.label, names), 'name')}"
+        f"{svg_text(0, top + 14, label, 'name')}"
         f'<rect class="bar" x="{start:.1f}" y="{top + 3:.1f}" width="{max(end - start, 0.8):.1f}" '
         f'height="12" rx="1.5"/>'
         f"{svg_text(width, top + 14, f'{c.before:.1f} → {c.after:.1f}', 'pair', 'end')}</g>"

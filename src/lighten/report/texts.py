@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lighten.errors import UnknownName
+from lighten.report import detector_texts
 
 Texts = Mapping[str, str]
 
@@ -507,11 +508,13 @@ ZH: Texts = {
 LANGUAGES: Mapping[str, Texts] = {"en": EN, "zh": ZH}
 
 
-def texts(lang: str) -> Texts:
-    """All words in one language. Raises UnknownName."""
+def texts(lang: str, task: str = "classification") -> Texts:
+    """All words in one language, those of one task among them. Raises UnknownName."""
     if lang not in LANGUAGES:
         raise UnknownName("report language", lang, LANGUAGES)
-    return LANGUAGES[lang]
+    if task != "detection":
+        return LANGUAGES[lang]
+    return {**LANGUAGES[lang], **detector_texts.LANGUAGES[lang]}
 
 
 def sentence(t: Texts, *, what: str, shrink: float, speedup: float, drop: float, metric: str) -> str:

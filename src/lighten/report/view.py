@@ -9,6 +9,7 @@ from typing import Any
 
 from lighten.errors import BadBundle
 from lighten.report import charts
+from lighten.report.boxes import detector
 from lighten.report.foresight import predictions, probes
 from lighten.report.layers import layers, stored
 from lighten.report.narrowed import groups, network
@@ -66,7 +67,7 @@ class Row:
 
 def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, Any]:
     """All that the templates need. `thumbnails`: data URI by the name that `Result.flips` uses."""
-    t = texts(lang)
+    t = texts(lang, result.task)
     base, won = _evidence(result.baseline), _evidence(result.winning)
     table = rows(result, t)
     marked = [(row.number, row.mark, row.trial) for row in table]
@@ -91,6 +92,7 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         **spent(result.spent, result.budget.time_s, t),
         **_classes(result, lang, t),
         **_flips(result, lang, thumbnails),
+        **detector(result, won, thumbnails, lang, t),
         **sensitivity(result.sensitivity, result.winning.recipe.precision, t),
         **layers(result.winning, t),
         "stored": stored(won.size.weights),
@@ -390,7 +392,7 @@ def _classes(result: Result, lang: str, t: Texts) -> dict[str, Any]:
     """Worst change first; over 40 classes only the ends are drawn, on one common axis."""
     names = _names(result, lang)
     changes = [charts.Change(names.get(c.name, c.name), c.before, c.after, c.n) for c in result.final.classes]
-    changes.sort(key=lambda c: c.by)
+    changes = sorted((c for c in changes if math.isfinite(c.by)), key=lambda c: c.by)
     parts = [("", changes)] if changes else []
     if len(changes) > MANY_CLASSES:
         parts = [
@@ -418,7 +420,7 @@ def _names(result: Result, lang: str) -> dict[str, str]:
 def _flips(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, Any]:
     names = _names(result, lang)
     titles = [names.get(name, name) for name in result.classes]
-    shown = [flip for flip in result.flips if str(flip.get("thumbnail")) in thumbnails][:MOST_FLIPS]
+    shown = [f for f in result.flips if str(f.get("thumbnail")) in thumbnails and "n_truth" not in f][:MOST_FLIPS]
     n = result.final.winner.n
     share = fixed(100 * result.final.flipped / n) if n else "—"
     cards = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from lighten.types import (
@@ -10,6 +11,7 @@ from lighten.types import (
     Budget,
     Device,
     Evidence,
+    LayerCost,
     Miss,
     Precision,
     Recipe,
@@ -44,6 +46,26 @@ def worth_a_trial(precisions: Iterable[Precision], budget: Budget, base: Evidenc
     wanted = [budget.min_shrink or 0.0]
     wanted += [100 * (1 - budget.max_size_mb * 1e6 / base.size.bytes)] if budget.max_size_mb else []
     return tuple(p for p in precisions if MOST_SHRINK.get(p.weights, 100.0) >= max(wanted))
+
+
+GUILTY = 0.9
+
+
+def sensitive_ends(costs: Iterable[LayerCost]) -> tuple[str, ...]:
+    """Of the layers that end a detector's head, the fewest that do GUILTY of the damage that 8 bits do to each alone, as
+    measured; none where nothing does any."""
+    rows = sorted((r for r in costs if (r.weights, r.activations) == ("int8", "int8")), key=lambda r: -r.damage)
+    total, found = sum(r.damage for r in rows), list[str]()
+    for row in rows:
+        if total <= 0 or sum(r.damage for r in rows[: len(found)]) >= GUILTY * total:
+            break
+        found.append(row.layer)
+    return tuple(sorted(found))
+
+
+def sparing(precision: Precision, layers: Iterable[str]) -> Precision:
+    """`precision` with some layers left in float32."""
+    return dataclasses.replace(precision, exceptions=tuple(sorted((name, "float32", "float32") for name in layers)))
 
 
 BITS = {

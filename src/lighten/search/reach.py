@@ -29,7 +29,9 @@ MOST_EXTRA, EXTRA_SHARE = 3, 0.05
 """How many formats get a file of a probe's network that was made for another one, and the share of the time left for
 training that these files may take: so that no format's times are held to unchanged networks alone."""
 SACRIFICE = 1.0
-"""Points of top-1 by which a probe that keeps the limits in every format that was asked for may lie behind the best."""
+"""Points of the metric by which a probe that keeps the limits in every format that was asked for may lie behind the best."""
+ROOMY = 0.85
+"""A plan whose file takes less than this share of a limit went too far, where one that broke it answers far better."""
 PROBE_LR, LONG_LR = 0.02, 0.05
 """Peaks of the learning rate: a short training must not leave what is there, a long one may go further."""
 NARROW = "channel_prune"
@@ -48,7 +50,8 @@ class Means:
     """What narrowing may use: costs for each format (planned for its own runtime), the ends that keep 8 bits, and
     how much of the time is left. `tail_s` is what has to happen after the last training, `file_s` what of it one file
     takes by its format. `asked` are the formats that the user named: the limits are to be kept in each of them, where
-    nobody named any in one."""
+    nobody named any in one. `once` says whether one answer of the teacher to an image serves every view of it in the long
+    training: of a detector it does not, whose boxes move with the view."""
 
     costs: dict[str, Costs]
     formats: tuple[str, ...]
@@ -59,6 +62,7 @@ class Means:
     tail_s: float = 0.0
     file_s: Mapping[str, float] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
+    once: bool = True
 
 
 def goal(budget: Budget, base: Evidence, room: float = ROOM, time_room: float = TIME_ROOM) -> Limits:
@@ -103,6 +107,8 @@ def next_recipes(means: Means, done: Sequence[Trial]) -> tuple[Recipe, ...]:
     better = _better_outside(inside, probes)
     if better and may_plan and (again := _anew(means, [better], probes)):
         return again
+    if may_plan and (ends := _bracket(means, inside, probes)) and (again := _between(means, *ends, probes)):
+        return again
     return extra_files(means, _best(inside), probes) or _decided(means, inside, probes)
 
 
@@ -117,6 +123,37 @@ def _better_outside(inside: Sequence[Trial], probes: Sequence[Trial]) -> Trial |
     if any(t in inside for t in probes[probes.index(best) + PLANS :]):
         return None
     return best if _evidence(best).metric.value - _evidence(_best(inside)).metric.value > SACRIFICE else None
+
+
+def _bracket(means: Means, inside: Sequence[Trial], probes: Sequence[Trial]) -> tuple[Trial, Trial] | None:
+    """A probe that broke a limit and the one plan made after it that keeps them, where that went too far: it leaves much
+    of what the other broke unused and answers far worse."""
+    outside = [t for t in probes if t.evidence and t not in inside]
+    if not outside or _has_extra(probes):
+        return None
+    best = _best(outside)
+    after = [t for t in probes[probes.index(best) + PLANS :] if t in inside]
+    if len(after) != 1 or _evidence(best).metric.value - _evidence(after[0]).metric.value <= SACRIFICE:
+        return None
+    broken = [(a, b) for a, b in zip(_used(means, best), _used(means, after[0])) if a > 1]
+    return (best, after[0]) if broken and all(b < ROOMY for _, b in broken) else None
+
+
+def _used(means: Means, trial: Trial) -> tuple[float, float]:
+    """The shares of the limits on bytes and on ms that a file takes; 0 where there is no limit."""
+    base, got = _evidence(means.baseline), _evidence(trial)
+    limits = goal(means.budget, base, 1.0, 1.0)
+    pairs = (got.size.bytes, limits.bytes), (level_ms(got, base), limits.latency_ms)
+    return tuple(value / limit if limit else 0.0 for value, limit in pairs)  # type: ignore[return-value]
+
+
+def _between(means: Means, outside: Trial, inside: Trial, probes: Sequence[Trial]) -> tuple[Recipe, ...]:
+    """One probe of a plan that was not tried yet, between one that broke a limit and one that went too far."""
+    far, near = _mistaken(means, outside, most=math.inf), _mistaken(means, inside, most=math.inf)
+    shares = (math.sqrt(a * b) for a, b in ((far.bytes, near.bytes), (far.ms, near.ms)))
+    known = {plan_of(t.recipe) for t in probes}
+    found = _probes(means, Tighter(*(min(1.0, s) for s in shares)), _fastest(means))
+    return tuple(r for r in found[:1] if plan_of(r) not in known)
 
 
 def _anew(means: Means, missed: Sequence[Trial], probes: Sequence[Trial]) -> tuple[Recipe, ...]:
@@ -246,12 +283,13 @@ def _probes(means: Means, tighten: Tighter, format: str) -> tuple[Recipe, ...]:
 def _long(means: Means, probe: Recipe, epochs: float = EPOCHS) -> tuple[Recipe, ...]:
     """The probed widths with the long training, in every format; nothing where no time is left for it."""
     if means.left_s is None:
-        training = Step("distill", _pairs(epochs=epochs, lr=LONG_LR, once=True, seconds=0.0))
+        training = Step("distill", _pairs(epochs=epochs, lr=LONG_LR, once=means.once, seconds=0.0))
     else:
         seconds = means.left_s - means.tail_s
         if seconds < LEAST_TRAINING_S:
             return ()
-        training = Step("distill", _pairs(epochs=MOST_EPOCHS, lr=LONG_LR, once=True, seconds=round(seconds, 1)))
+        limit = {"epochs": MOST_EPOCHS, "seconds": round(seconds, 1)}
+        training = Step("distill", _pairs(lr=LONG_LR, once=means.once, **limit))
     steps = tuple(training if s.method == training.method else s for s in probe.steps)
     return tuple(dataclasses.replace(probe, steps=steps, format=f) for f in means.formats)
 
@@ -304,11 +342,11 @@ def _cost_misses(means: Means, got: Evidence) -> bool:
     return bool(free.misses(got, _evidence(means.baseline)))
 
 
-def _mistaken(means: Means, trial: Trial) -> Tighter:
-    """What of a measured file the costs, which know it by now, still predict; at most 1."""
+def _mistaken(means: Means, trial: Trial, most: float = 1.0) -> Tighter:
+    """What of a measured file the costs, which know it by now, still predict; at most `most`."""
     got, said = _evidence(trial), expected(means, trial.recipe)
     ms = said.latency_ms / level_ms(got, _evidence(means.baseline)) if said.latency_ms else 1.0
-    return Tighter(min(1.0, said.bytes / got.size.bytes), min(1.0, ms))
+    return Tighter(min(most, said.bytes / got.size.bytes), min(most, ms))
 
 
 def _tightened(means: Means, trial: Trial) -> Tighter:

@@ -39,6 +39,15 @@ def flipped(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.flatnonzero(before.argmax(1) != after.argmax(1))
 
 
+def agreement(reference: np.ndarray, got: np.ndarray) -> float:
+    """Percent of images with the same top-1."""
+    return 100.0 * float((reference.argmax(1) == got.argmax(1)).mean())
+
+
+def drift(before: np.ndarray, after: np.ndarray) -> None:
+    """Nothing beside the answers: a classifier has no boxes that could move."""
+
+
 def per_class(
     before: np.ndarray, after: np.ndarray, labels: np.ndarray, names: tuple[str, ...]
 ) -> tuple[ClassChange, ...]:
@@ -105,6 +114,13 @@ def dkd_loss(
     tckd = kl_div(ours, theirs, reduction="batchmean", log_target=True)
     nckd = kl_div(our_rest, their_rest, reduction="batchmean", log_target=True)
     return (alpha * tckd + beta * nckd) * temperature**2
+
+
+def damage(before: Any, after: Any) -> Any:
+    """How far answers are from those `before`, one value an image: KL of their softmax in nats, float64, never under 0."""
+    from lighten.quant.sensitivity import divergences
+
+    return divergences(before, after)
 
 
 def protect(model: Any) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from lighten.errors import BadConfig, BadModel
 from lighten.heads import Head
 from lighten.kit import average_precision as ap
 from lighten.kit import boxes
-from lighten.types import ClassChange, Estimate
+from lighten.types import BoxDrift, ClassChange, Estimate
 
 METRIC = "mAP"
 REQUIRES = ("faster_coco_eval",)
@@ -31,17 +31,6 @@ class Found:
     name: str
     probability: float
     box: tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What became of `n` detections: mean overlap of the pairs that are still one object, mean difference of their
-    scores, and in percent how many of both sides' detections have a partner. Boxes and scores are told apart."""
-
-    iou: float
-    score: float
-    matched: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -160,7 +149,7 @@ class Task:
         rows = enumerate(zip(self.shown(before), self.shown(after)))
         return np.array([n for n, (a, b) in rows if not len(a) == len(b) == len(boxes.pairs(a, b, SAME)[0])], int)
 
-    def drift(self, before: np.ndarray, after: np.ndarray) -> Drift:
+    def drift(self, before: np.ndarray, after: np.ndarray) -> BoxDrift:
         """How far the boxes that are shown moved, and apart from that how far their scores did."""
         shared, apart, n, both = [], [], 0, 0
         for a, b in zip(self.shown(before), self.shown(after)):
@@ -170,8 +159,8 @@ class Task:
             n, both = n + len(a), both + len(a) + len(b)
         iou, score = np.concatenate([[], *shared]), np.concatenate([[], *apart])
         if not len(iou):
-            return Drift(float("nan"), float("nan"), 0.0 if both else 100.0, n)
-        return Drift(float(iou.mean()), float(score.mean()), 200.0 * len(iou) / both, n)
+            return BoxDrift(float("nan"), float("nan"), 0.0 if both else 100.0, n)
+        return BoxDrift(float(iou.mean()), float(score.mean()), 200.0 * len(iou) / both, n)
 
     def agreement(self, reference: np.ndarray, got: np.ndarray) -> float:
         """Percent of what `reference` shows that `got` finds again: the same class, an overlap of 0.9 or more, a score
@@ -198,6 +187,11 @@ class Task:
         from lighten.kit.detection_loss import distill_loss
 
         return distill_loss(student.float(), teacher.float(), self.head)
+
+    def damage(self, before: Any, after: Any) -> Any:
+        """How far raw outputs are from those `before`, by their distance in distillation: of a batch one value, that of
+        each of its images."""
+        return self.distill_loss(after, before).double().clamp(min=0).expand(len(before))
 
     def dkd_loss(self, *_: Any, **__: Any) -> Any:
         """Decoupled distillation takes one target class for an image; a detector has none. Raises BadConfig."""
