@@ -57,7 +57,7 @@ def main() -> None:
         files = build(job, room)
         rows, ahead = judge(files, job, report, args.threads)
         times, beside = timed(files, job, report, room, args.rounds)
-    text = page(files, rows, ahead, times, beside, job, len(report), args)
+        text = page(files, rows, ahead, times, beside, job, len(report), args)
     if args.dry:
         print(text)
     else:

@@ -23,6 +23,7 @@ from lighten.data import load as load_data
 from lighten.data.cache import write_whole
 from lighten.models.load import load
 from lighten.plugins import names
+from lighten.quant import program
 from lighten.report import read_result
 from lighten.types import Budget, Precision, Preprocess
 from lighten.walk import Settings, compress
@@ -39,6 +40,7 @@ KNOWN = {
 TIMING = Timing(5, 40, 10, 2.0)
 MOST_SHARE, MOST_DROP = 27.0, 0.3
 """Of the issue: int8 bytes in percent of float32's, and points of top-1 that a file may be below the ONNX int8 one."""
+NOISE = (1e-5, 1e-4)
 HEADER = (
     "format", "precision", "MB", "% of float32", "same answer %", "top-1 %", "drop pt ± SE", "ms", "memory MB",
     "what fell back, or why there is no figure",
@@ -101,7 +103,9 @@ def exported(run: Path, args: argparse.Namespace) -> tuple[exports.Row, ...]:
 
 def page(name: str, run: Path, rows: tuple[exports.Row, ...], args: argparse.Namespace) -> str:
     table = common.table(HEADER, [cells(row) for row in rows])
-    return f"## {name}\n\n{table}\n\n{verdict(rows)}\n\n{agreement(run, rows, args.images)}\n"
+    return (
+        f"## {name}\n\n{table}\n\n{verdict(rows)}\n\n{floor(run, args.images)}\n\n{agreement(run, rows, args.images)}\n"
+    )
 
 
 def cells(row: exports.Row) -> list[str]:
@@ -136,6 +140,28 @@ def verdict(rows: tuple[exports.Row, ...]) -> str:
     return (
         f"int8 files over {MOST_SHARE:g} % of float32: {', '.join(large) or 'none'} (of {len(int8)}). More than "
         f"{MOST_DROP:g} pt below the ONNX int8 file: {', '.join(far) or 'none'} (of {len(ran)} that ran)."
+    )
+
+
+def floor(run: Path, images: int) -> str:
+    """How far the int8 plan agrees with itself where its inputs move by far less than one step of a pixel: no other
+    arithmetic can agree with it better than that."""
+    result = read_result(run)
+    split = load_data("cifar10").report.take(images).prepare(result.preprocess)
+    plan = program.read(workshop.program_of(result.winning.recipe, run / "artifacts"))
+    dice = torch.Generator().manual_seed(0)
+
+    def answers(noise: float) -> np.ndarray:
+        with torch.inference_mode():
+            parts = [torch.from_numpy(x) for x in split.batches(result.preprocess, 50)]
+            return np.concatenate([plan(x + noise * torch.randn(x.shape, generator=dice)).numpy() for x in parts])
+
+    before = answers(0.0)
+    rows = [f"{100 * (answers(n).argmax(1) == before.argmax(1)).mean():.1f} % with noise of {n:g}" for n in NOISE]
+    step = 1 / 255 / max(result.preprocess.std if result.preprocess else (1.0,))
+    return (
+        f"The int8 plan agrees with itself, in torch, on {' and '.join(rows)} on its inputs, where one step of a pixel is "
+        f"{step:.2g}: what differs in the last bit of a float is rounded to another integer now and then, and grows."
     )
 
 

@@ -199,6 +199,8 @@ def front_desk(
         channels, height, width = workshop.input_shape(job)
         head = detectors.check(model, (channels, height, width), len(loaded.classes))
         job = dataclasses.replace(job, head=head)
+    elif detectors.is_detector(model):
+        raise BadModel(f"The model is a detector, but {loaded.name} has no boxes.", "Give a COCO, YOLO or VOC set.")
     else:
         check_output(model, workshop.input_shape(job), len(loaded.classes))
     return job, [*loaded.notices, *(f"{f.level}: {f.what} {f.to_do}" for f in findings)]

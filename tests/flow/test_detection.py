@@ -69,7 +69,7 @@ def run(model: NanoDetector, data: Data, tmp_path_factory: pytest.TempPathFactor
     settings = lighten.Settings(
         out=tmp_path_factory.mktemp("runs"),
         formats=("onnx", "openvino"),
-        precisions=("float32", "int8"),
+        precisions=("int8",),
         sensitivity=True,
         isolate=False,
         timing=QUICK,
@@ -173,6 +173,25 @@ def test_a_detector_is_narrowed_and_taught_by_its_original(model: NanoDetector, 
     assert heads == {s.name: s.outputs for s in got.baseline.network if s.name in heads}
 
 
+def test_what_lighten_train_writes_says_itself_what_it_is_and_how_it_wants_its_images(tmp_path: Path) -> None:
+    from lighten.frontdesk import ModelIn, load_model
+    from lighten.models.train import train
+
+    config = tmp_path / "detector.yaml"
+    config.write_text(
+        "arch: lighten:nano_detector\ndata: composed-demo\nout: unused\n"
+        "preprocess: {height: 160, width: 160, mode: letterbox}\n"
+        "fit: {epochs: 1, batch: 16, optimizer: adamw, lr: 0.001}\n"
+    )
+    record = train(config, out=tmp_path / "out", log=lambda line: None)
+    assert (record["metric"], record["scores"]["report"]["n"]) == ("mAP", 32)
+    loaded = load_model(ModelIn(str(tmp_path / "out/model.safetensors")))
+    assert loaded.arch == "lighten:nano_detector"
+    assert loaded.module.num_classes == 10
+    assert loaded.preprocess is not None
+    assert (loaded.preprocess.height, loaded.preprocess.mode) == (160, "letterbox")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
@@ -193,6 +212,19 @@ def test_a_task_that_the_data_is_not_for_is_refused(model: NanoDetector, data: D
         lighten.compress(model, data, preprocess=HOW, settings=lighten.Settings(out=tmp_path, task="classification"))
     with pytest.raises(BadConfig, match="no boxes"):
         lighten.compress(model, "demo", preprocess=HOW, settings=lighten.Settings(out=tmp_path, task="detection"))
+
+
+def test_a_detector_without_boxes_to_learn_from_is_refused(model: NanoDetector, tmp_path: Path) -> None:
+    with pytest.raises(BadModel, match=r"is a detector, but .* has no boxes"):
+        lighten.compress(model, "demo", preprocess=HOW, settings=lighten.Settings(out=tmp_path))
+
+
+def test_a_detector_of_two_stages_is_refused_by_name() -> None:
+    from lighten.errors import UnknownName
+    from lighten.models.load import build
+
+    with pytest.raises(UnknownName, match="of one stage named 'fasterrcnn_resnet50_fpn'"):
+        build("torchvision:fasterrcnn_resnet50_fpn", classes=3)
 
 
 def test_data_without_any_box_is_refused(model: NanoDetector, data: Data, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def sure() -> NanoDetector:
     with torch.no_grad():
         for head in net.heads:
             head.score.weight.normal_(0, 0.4)
-            head.score.bias.fill_(-1.0)
+            head.score.bias.fill_(-2.5)
     return net.eval()
 
 
@@ -66,26 +66,30 @@ def run(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(lighten.compress(sure(), data, lighten.Budget(), preprocess=HOW, settings=settings).path)
 
 
-def test_files_with_boxes_inside_give_what_numpy_finds_and_the_rows_say_so(run: Path, data: Data) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_files_with_boxes_inside_give_what_numpy_finds_and_the_rows_say_so(
+    run: Path, data: Data, tmp_path: Path
+) -> None:
     formats = ("onnx", "openvino")
     rows = exports.export(run, formats, ("float32", "plan"), data=data, timing=QUICK, with_nms=True)
     assert [r.status for r in rows] == ["PASS", "PASS", "refused", "refused"], rows
     assert rows[2].reason == "boxes are put inside files of onnx only"
     task, pixels = task_of(read_result(run)), data.report.pixels(HOW, slice(0, 5))
     x = data.report.inputs(HOW, slice(0, 5))
-    plain = exports.export(run, ("onnx",), ("float32", "plan"), data=data, timing=QUICK)
-    for row, raw in zip(rows, plain):
+    for row in rows[:2]:
+        onnx_format.take_boxes_out(run / row.path, tmp_path / "raw.onnx")
+        raw = onnx_format.load(tmp_path / "raw.onnx", 1)
         assert row.title == f"{row.precision.title}, boxes out"
         assert (run / row.path).parent.name == f"onnx-{row.precision.weights}-boxes"
         assert "boxes in 32 images, 100.0 % as in numpy" in row.reason
-        assert row.evidence.metric == raw.evidence.metric
-        assert row.bytes > raw.bytes
+        assert row.evidence.metric_name == "mAP"
+        assert row.bytes == (run / row.path).stat().st_size > (tmp_path / "raw.onnx").stat().st_size
         found = onnx_format.load(run / row.path, 1)(x)
-        wanted = task.shown(onnx_format.load(run / raw.path, 1)(x))
-        assert len(found) == sum(map(len, wanted)) > 5
+        wanted = task.shown(raw(x))
+        assert len(found) == sum(map(len, wanted)) > 0
         for n, one in enumerate(wanted):
             np.testing.assert_allclose(found[found[:, 0] == n, 1:], one, rtol=1e-5, atol=1e-4)
-    assert {r.boxes for r in exports.read_record(run)} == {True, False}
+    assert all(r.boxes for r in exports.read_record(run))
     (both,) = exports.export(
         run, ("onnx",), ("float32",), data=data, timing=QUICK, with_nms=True, bake_preprocessing=True
     )
@@ -96,6 +100,7 @@ def test_files_with_boxes_inside_give_what_numpy_finds_and_the_rows_say_so(run: 
     )
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_file_whose_boxes_are_not_numpys_fails(run: Path, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held to the boxes of the images in another order."""
     real = exports.boxes_found

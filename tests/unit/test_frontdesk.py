@@ -55,6 +55,29 @@ def test_sizes_are_height_by_width_and_stretch_unless_resize_is_given(
     assert "command line" in how.source
 
 
+@pytest.mark.parametrize(
+    ("given", "known", "want"),
+    [
+        ({"input_size": "64", "letterbox": True}, None, "letterbox"),
+        ({"input_size": "64"}, "letterbox", "letterbox"),
+        ({"letterbox": True}, "crop", "letterbox"),
+        ({"letterbox": False}, "letterbox", "stretch"),
+        ({"resize": 80, "input_size": "64"}, "letterbox", "crop"),
+        ({"mean": "0,0,0"}, "letterbox", "letterbox"),
+    ],
+)
+def test_who_letterboxed_keeps_to_it_until_told_otherwise(given: dict[str, Any], known: str | None, want: str) -> None:
+    own = {"letterbox": Preprocess(96, 96, "letterbox"), "crop": KNOWN}
+    how = preprocess_of(given, own[known] if known else None)
+    assert how is not None
+    assert (how.mode, how.resize) == (want, 80 if want == "crop" else None)
+
+
+def test_cropping_and_letterboxing_at_once_is_refused() -> None:
+    with pytest.raises(BadConfig, match="--resize and --letterbox"):
+        preprocess_of({"input_size": "64", "resize": 80, "letterbox": True}, None)
+
+
 def test_grey_without_mean_gets_one_channel() -> None:
     how = preprocess_of({"input_size": "28", "channel_order": "GRAY"}, None)
     assert how is not None

@@ -40,7 +40,7 @@ def build(arch: str, *, classes: int | None = None, trust_code: bool = False) ->
     options = {} if classes is None else {"num_classes": classes}
     if home == "torchvision":
         models = require("torchvision", "compress", f"build {arch}").models
-        if name in detectors.KNOWN:
+        if name in models.list_models(module=models.detection):
             return detectors.build(name, classes)
         _known("torchvision architecture", name, models.list_models())
         return models.get_model(name, weights=None, **options)
