@@ -54,7 +54,8 @@ def main() -> None:
     job = job_of(args)
     report = job.data.report.take(args.images).prepare(job.preprocess, what="report")
     with room_for(args.keep) as room:
-        files = build(job, room)
+        with contextlib.chdir(room):  # onnxruntime leaves files where it is run
+            files = build(job, room)
         rows, ahead = judge(files, job, report, args.threads)
         times, beside = timed(files, job, report, room, args.rounds)
         text = page(files, rows, ahead, times, beside, job, len(report), args)
@@ -96,7 +97,7 @@ def job_of(args: argparse.Namespace) -> Job:
 def room_for(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-        yield keep
+        yield keep.resolve()
         return
     with tempfile.TemporaryDirectory() as room:
         yield Path(room)

@@ -31,6 +31,7 @@ from lighten.types import (
     Data,
     Device,
     Evidence,
+    Exported,
     Job,
     Precision,
     Preprocess,
@@ -84,33 +85,7 @@ class Wanted:
         return self.precision.activations if self.precision.quantized else ""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What came of one file. `status` is PASS, FAIL, "not run here", "refused", "missing" or "failed"; `reason` says why.
-
-    `evidence` is None where the file was not run; `original_bytes` is the original's float32 ONNX file; `pixels`: the file
-    takes uint8 (N, H, W, C) and normalises inside. `boxes`: it gives boxes; times, memory and size are then the file's
-    own, accuracy and agreement those of the raw outputs that its boxes are made from.
-    """
-
-    format: str
-    precision: Precision
-    status: str
-    reason: str = ""
-    path: str = ""
-    bytes: int = 0
-    original_bytes: int = 0
-    fallbacks: tuple[str, ...] = ()
-    evidence: Evidence | None = None
-    seconds: float = 0.0
-    pixels: bool = False
-    boxes: bool = False
-
-    @property
-    def title(self) -> str:
-        """The precision in words, and what the file takes and gives where that is not what the network does."""
-        marks = ["uint8 pixels in"] * self.pixels + ["boxes out"] * self.boxes
-        return ", ".join([self.precision.title, *marks])
+Row = Exported
 
 
 def export(
@@ -133,8 +108,8 @@ def export(
     `data` is what the run was given (default: the built-in set of that name); `images` of its report split are used.
     `bake_preprocessing` puts normalisation and layout inside each file, which then takes uint8 pixels (N, H, W, C);
     `with_nms` decoding and suppression inside a detector's, which then gives boxes (`kit.onnx_boxes`).
-    The record, exports.json, keeps rows of earlier calls. Raises BadBundle where the run is not finished or was made
-    by an older version, UnknownName, BadConfig.
+    The record, exports.json, keeps rows of earlier calls; the run's report is written again with them. Raises BadBundle
+    where the run is not finished or was made by an older version, UnknownName, BadConfig.
     """
     from lighten.report import read_result
 
@@ -151,7 +126,21 @@ def export(
             log(line_of(row))
             rows.append(row)
             _record(run / FOLDER / RECORD, row)
+    _report(result, run, log)
     return tuple(rows)
+
+
+def _report(result: Result, run: Path, log: Log) -> None:
+    """The run's report again, with the files in it, in the language it is in. The files stand without it."""
+    from lighten import report
+
+    try:
+        page, _ = report.write(result, run, lang=report.language(run))
+    except Exception as e:  # noqa: BLE001 - hours of exports do not fail for a page that `lighten report` can write again
+        why = e.what if isinstance(e, LightenError) else f"{type(e).__name__}: {e}"
+        log(f"The report could not be written again, without it the files are whole: {why}")
+    else:
+        log(f"{page} shows them too.")
 
 
 def wanted(result: Result, run: Path, formats: Sequence[str], precisions: Sequence[str]) -> tuple[Wanted, ...]:

@@ -485,6 +485,36 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """What came of one file of `lighten export`. `status` is PASS, FAIL, "not run here", "refused", "missing" or "failed";
+    `reason` says why.
+
+    `evidence` is None where the file was not run; `original_bytes` is the original's float32 ONNX file; `pixels`: the file
+    takes uint8 (N, H, W, C) and normalises inside. `boxes`: it gives boxes; times, memory and size are then the file's
+    own, accuracy and agreement those of the raw outputs that its boxes are made from.
+    """
+
+    format: str
+    precision: Precision
+    status: str
+    reason: str = ""
+    path: str = ""
+    bytes: int = 0
+    original_bytes: int = 0
+    fallbacks: tuple[str, ...] = ()
+    evidence: Evidence | None = None
+    seconds: float = 0.0
+    pixels: bool = False
+    boxes: bool = False
+
+    @property
+    def title(self) -> str:
+        """The precision in words, and what the file takes and gives where that is not what the network does."""
+        marks = ["uint8 pixels in"] * self.pixels + ["boxes out"] * self.boxes
+        return ", ".join([self.precision.title, *marks])
+
+
+@dataclass(frozen=True)
 class Final:
     """The winner and the original on the `report` images, read once."""
 

@@ -280,8 +280,8 @@ def check(path: Path, module: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
 
     graph = fold(module, shape) if _is_float(module) else module
     with torch.no_grad():
-        classes = graph(example_input(shape)).shape[1]
-    return compare(read(path), _meant(graph), shape, int(classes), _rounded(graph))
+        answer = tuple(graph(example_input(shape)).shape[1:])
+    return compare(read(path), _meant(graph), shape, answer, _rounded(graph))
 
 
 def simulate(path: Path, module: Any, shape: tuple[int, ...]) -> Any:

@@ -240,23 +240,23 @@ def _computes_in_float(op: Any, made_by: dict[str, Any]) -> bool:
 
 
 def compare(
-    package: Package, wanted: dict[str, np.ndarray], shape: tuple[int, ...], classes: int, rounded: int
+    package: Package, wanted: dict[str, np.ndarray], shape: tuple[int, ...], answer: tuple[int, ...], rounded: int
 ) -> tuple[str, ...]:
     """Every difference between a package and the module it was written from, one line each; nothing where there is none.
 
-    `wanted` are the float32 values of the module's weights by name, `shape` is (C, H, W), `rounded` how many layers
-    read a quantized input.
+    `wanted` are the float32 values of the module's weights by name, `shape` is (C, H, W), `answer` that of one
+    image's answer, `rounded` how many layers read a quantized input.
     """
     return (
-        *_interface(package, shape, classes),
+        *_interface(package, shape, answer),
         *_operators(package, len(wanted), rounded),
         *_weights(package, wanted),
     )
 
 
-def _interface(package: Package, shape: tuple[int, ...], classes: int) -> Iterator[str]:
+def _interface(package: Package, shape: tuple[int, ...], answer: tuple[int, ...]) -> Iterator[str]:
     description = package.spec.description
-    for side, name, want in ((description.input, INPUT, (1, *shape)), (description.output, OUTPUT, (1, classes))):
+    for side, name, want in ((description.input, INPUT, (1, *shape)), (description.output, OUTPUT, (1, *answer))):
         names = [one.name for one in side]
         if names != [name]:
             yield f"the package has {', '.join(names)} where {name} was to be"

@@ -246,11 +246,8 @@ def quantize_biases(graph: _Graph) -> None:
         scale = np.broadcast_to(scale.reshape(-1), bias.shape).copy()
         q = np.round(bias.astype(np.float64) / scale).clip(-(2**31), 2**31 - 1).astype(np.int32)
         name = f"{node.output[0]}_bias"
-        inputs = [
-            graph.add_constant(f"{name}_q", q),
-            graph.add_constant(f"{name}_scale", scale),
-            graph.add_constant(f"{name}_zero", np.zeros(q.shape, np.int32)),
-        ]
+        # No zero point: that of int32 is always 0, and one a channel is a quarter of what the biases themselves take.
+        inputs = [graph.add_constant(f"{name}_q", q), graph.add_constant(f"{name}_scale", scale)]
         dq = helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}_dq", axis=0)
         graph.proto.node.insert(list(graph.proto.node).index(node), dq)
         graph.made_by[dq.output[0]] = dq

@@ -13,6 +13,8 @@ from lighten.data.cache import write_whole
 from lighten.errors import BadBundle
 from lighten.plugins import require
 from lighten.report.boxes import shown_names
+from lighten.report.exported import read_record
+from lighten.report.texts import LANGUAGES
 from lighten.report.view import view
 from lighten.types import SCHEMA_VERSION, Result, from_json
 
@@ -24,10 +26,11 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|"} | {"\n": " ", "\r":
 def write(result: Result, folder: Path, *, lang: str = "en") -> tuple[Path, Path]:
     """Writes `report.html` (one page, nothing fetched) and `report.md` into `folder`, in one language: en or zh.
 
-    Thumbnails of `result.flips` are read from `folder`, else from the run folder; a missing one is not shown.
+    Thumbnails of `result.flips` and the record of exported files are read from `folder`, else from the run folder; a
+    missing one is not shown.
     Raises UnknownName (language), MissingBackend (jinja2), BadBundle (the original or winner was not measured).
     """
-    shown = view(result, lang, thumbnails(result, folder, lang))
+    shown = view(result, lang, thumbnails(result, folder, lang), read_record(*_homes(result, folder)))
     pages = folder / "report.html", folder / "report.md"
     for page, text in zip(pages, (_html(shown), _markdown(shown))):
         write_whole(page, text)
@@ -52,12 +55,27 @@ def read_result(folder: Path) -> Result:
 
 def thumbnails(result: Result, folder: Path, lang: str = "en") -> dict[str, str]:
     """The pictures of `result.flips` as data URIs, by the name used there; only PNG and JPEG files inside the folder."""
-    homes = [home.resolve() for home in (folder, *([Path(result.path)] if result.path else []))]
+    homes = [home.resolve() for home in _homes(result, folder)]
     found = {}
     for name in shown_names(result.flips, lang):
         if uri := next((uri for home in homes if (uri := _data_uri(home, name))), None):
             found[name] = uri
     return found
+
+
+def _homes(result: Result, folder: Path) -> tuple[Path, ...]:
+    """Where the files of a run may lie."""
+    return (folder, *([Path(result.path)] if result.path else []))
+
+
+def language(folder: Path) -> str:
+    """The language of the report in `folder`, as its page says; English where there is none."""
+    try:
+        with (folder / "report.html").open(encoding="utf-8") as page:
+            head = page.read(200)
+    except (OSError, ValueError):
+        return "en"
+    return next((name for name, t in LANGUAGES.items() if f'<html lang="{t["html_lang"]}">' in head), "en")
 
 
 def _data_uri(home: Path, name: str) -> str | None:

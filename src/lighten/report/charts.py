@@ -125,7 +125,7 @@ def log_ticks(lo: float, hi: float, most: int = 6) -> list[float]:
     """
     decades = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [round(s * 10.0**d, 10) for d in decades for s in steps if lo <= s * 10.0**d <= hi]
+        ticks = [float(f"{s * 10.0**d:.10g}") for d in decades for s in steps if lo <= s * 10.0**d <= hi]
         if len(ticks) <= most:
             break
     return ticks if len(ticks) >= 3 else nice_ticks(lo, hi, 4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lighten.report import export_texts
+
 Texts = Mapping[str, str]
 
 EN: Texts = {
@@ -76,6 +78,7 @@ EN: Texts = {
     "moved_said": "Compression: {0}% of the boxes keep a partner, partners overlap by {1}%, and their scores differ by {2} on average.",
     "moved_none": "Compression: no box of the original has a partner in the compressed file.",
     "moved_empty": "Neither side shows a box.",
+    **export_texts.DETECTOR_EN,
 }
 
 ZH: Texts = {
@@ -138,6 +141,7 @@ ZH: Texts = {
     "moved_said": "压缩后：{0}% 的框配对成功，配对框平均重叠 {1}%，得分平均相差 {2}。",
     "moved_none": "压缩后：原始模型的框在压缩文件中没有一个能配对。",
     "moved_empty": "双方都没有显示任何框。",
+    **export_texts.DETECTOR_ZH,
 }
 
 LANGUAGES = {"en": EN, "zh": ZH}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lighten.errors import UnknownName
-from lighten.report import detector_texts
+from lighten.report import detector_texts, export_texts
 
 Texts = Mapping[str, str]
 
@@ -17,6 +17,8 @@ FORMATS = {
     "coreml": "Core ML",
     "torchscript": "TorchScript",
     "mnn": "MNN",
+    "tensorrt": "TensorRT",
+    "aoti": "AOTInductor",
 }
 PRECISIONS = {"float32": "FP32", "float16": "FP16", "int8": "INT8", "uint8": "INT8", "int4": "INT4"}
 METRICS = {"top1": "top-1", "top5": "top-5", "map": "mAP", "map50": "mAP50"}
@@ -274,6 +276,7 @@ EN: Texts = {
     "environment": "Environment",
     "reproduce": "Run it again",
     "made_by": "Written by lighten from result.json; nothing was measured for this page.",
+    **export_texts.EN,
 }
 
 ZH: Texts = {
@@ -503,6 +506,7 @@ ZH: Texts = {
     "environment": "环境",
     "reproduce": "复现命令",
     "made_by": "由 lighten 根据 result.json 生成；本页没有做任何新的测量。",
+    **export_texts.ZH,
 }
 
 LANGUAGES: Mapping[str, Texts] = {"en": EN, "zh": ZH}

@@ -10,6 +10,7 @@ from typing import Any
 from lighten.errors import BadBundle
 from lighten.report import charts
 from lighten.report.boxes import detector
+from lighten.report.exported import NOTHING, Record, exported
 from lighten.report.foresight import predictions, probes
 from lighten.report.layers import layers, stored
 from lighten.report.narrowed import groups, network
@@ -65,8 +66,9 @@ class Row:
         return "probe" if self.probe and self.kind not in ("winner", "failed") else self.kind
 
 
-def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, Any]:
-    """All that the templates need. `thumbnails`: data URI by the name that `Result.flips` uses."""
+def view(result: Result, lang: str, thumbnails: Mapping[str, str], record: Record = NOTHING) -> dict[str, Any]:
+    """All that the templates need. `thumbnails`: data URI by the name that `Result.flips` uses; `record`: what was
+    exported."""
     t = texts(lang, result.task)
     base, won = _evidence(result.baseline), _evidence(result.winning)
     table = rows(result, t)
@@ -84,6 +86,7 @@ def view(result: Result, lang: str, thumbnails: Mapping[str, str]) -> dict[str, 
         "rows": table,
         "short_trials": any(row.probe for row in table),
         **_pictures(result, table, t),
+        **exported(record, base.size.bytes, t),
         "made": made(result.winning.recipe, widths_known(result), t),
         **network(result.baseline.network, result.winning.network, t),
         **groups(result, t),
