@@ -114,6 +114,7 @@ def export(
     from lighten.report import read_result
 
     result = read_result(run)
+    read_record(run)  # one that is damaged is told before hours are spent
     todo = wanted(result, run, formats, precisions)
     if bake_preprocessing:
         todo = tuple(dataclasses.replace(w, inside=_inside(result)) for w in todo)
@@ -478,9 +479,16 @@ def line_of(row: Row) -> str:
 
 
 def read_record(run: Path) -> tuple[Row, ...]:
-    """The rows that were exported from a run, () before the first."""
+    """The rows that were exported from a run, () before the first. Raises BadBundle on a damaged record."""
     file = run / FOLDER / RECORD
-    return tuple(from_json(Row, r) for r in json.loads(file.read_text())) if file.exists() else ()
+    if not file.exists():
+        return ()
+    try:
+        return tuple(from_json(Row, r) for r in json.loads(file.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadBundle(
+            f"{file} is damaged ({str(e)[:200]}).", "Move it away: its files stay, and can be exported again."
+        ) from e
 
 
 def _record(file: Path, row: Row) -> None:

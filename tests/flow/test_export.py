@@ -236,6 +236,16 @@ def test_the_table_in_the_terminal_shows_every_row(
         assert shown.count("refused") >= 1
 
 
+@pytest.mark.parametrize("text", ["{", '[{"format": "onnx"}]', "[3]", '"no list"'])
+def test_a_damaged_record_is_told_before_anything_is_written(run: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports/exports.json").write_text(text)
+    (tmp_path / "result.json").write_bytes((run / "result.json").read_bytes())
+    with pytest.raises(BadBundle, match=r"exports.json is damaged"):
+        exports.export(tmp_path, ["onnx"], ["float32"])
+    assert [f.name for f in (tmp_path / "exports").iterdir()] == ["exports.json"]
+
+
 def test_the_record_is_json_without_nan(run: Path, rows: dict[tuple[str, str], exports.Row]) -> None:
     text = (run / "exports" / "exports.json").read_text()
     assert "NaN" not in text
