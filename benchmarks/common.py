@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +71,14 @@ def put(section: str, text: str) -> None:
         page = f"{page.rstrip()}\n\n{block}\n"
     write_whole(file, page)
     print(text)
+
+
+@contextlib.contextmanager
+def room_for(keep: Path | None) -> Iterator[Path]:
+    """`keep`, made where it is not there, else a folder that goes away."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    with tempfile.TemporaryDirectory() as room:
+        yield Path(room)

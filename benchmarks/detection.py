@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     job = job_of(args)
     report = job.data.report.take(args.images).prepare(job.preprocess, what="report")
-    with room_for(args.keep) as room:
+    with common.room_for(args.keep) as room:
         with contextlib.chdir(room):  # onnxruntime leaves files where it is run
             files = build(job, room)
         rows, ahead = judge(files, job, report, args.threads)
@@ -91,16 +90,6 @@ def job_of(args: argparse.Namespace) -> Job:
     data = framed(load_data(args.data, calibrate=args.calibration), how)
     head = detectors.check(model, how.input_shape, len(data.classes))
     return Job(data, "detection", devices.load("this-machine"), how, model, precision=ptq.INT8, head=head)
-
-
-@contextlib.contextmanager
-def room_for(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    with tempfile.TemporaryDirectory() as room:
-        yield Path(room)
 
 
 def build(job: Job, room: Path) -> dict[str, ptq.File]:

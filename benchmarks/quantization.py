@@ -10,7 +10,6 @@ layer keep 8-bit weights, wherever a tool lets one say so.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,9 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +85,7 @@ def main() -> None:
     model, _ = load(Path(args.weights), args.arch, classes=len(data.classes))
     job = Job(data, "classification", devices.load("this-machine"), how, model)
     tests = data.report.take(args.images)
-    with room_for(args.keep) as room:
+    with common.room_for(args.keep) as room:
         lay_out(room, job, tests, args)
         contenders = [*floats(job, room), *ours(job, args.bits, room)]
         versions: dict[str, str] = {}
@@ -139,16 +137,6 @@ def parse() -> argparse.Namespace:
 def preprocess(args: argparse.Namespace) -> Preprocess:
     own = {k: tuple(v) for k, v in (("mean", args.mean), ("std", args.std)) if v}
     return Preprocess(args.input_size, args.input_size, interpolation=args.interpolation, **own)
-
-
-@contextlib.contextmanager
-def room_for(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    with tempfile.TemporaryDirectory() as room:
-        yield Path(room)
 
 
 def lay_out(room: Path, job: Job, tests: Any, args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from lighten import workshop
 from lighten.data.cache import write_whole
 from lighten.data.preprocess import offset, scaled
 from lighten.errors import BadConfig
-from lighten.kit.boxes import clipped, pairs
+from lighten.kit.boxes import SAME, clipped, pairs
 from lighten.kit.draw import draw, font_for
 from lighten.ledger import Ledger
 from lighten.plugins import task_of
@@ -32,8 +32,6 @@ LONGEST = 16
 """Letters of a class's name in a picture."""
 STRIP_BYTES, QUALITIES = 90_000, (90, 80, 65, 45, 25, 10)
 """Bytes of one picture, and the JPEG qualities of which the first that keeps to them is taken."""
-SAME = 0.5
-"""Overlap from which two boxes are one object, as in tasks/detection."""
 
 
 def read_report(book: Ledger, winner: Trial, split: Any, run: Run) -> tuple[Final, np.ndarray, np.ndarray]:

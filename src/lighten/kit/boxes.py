@@ -13,6 +13,9 @@ from lighten.heads import Head
 CANDIDATES = 1000
 """How many of the best scores of one image are looked at before suppression."""
 
+SAME = 0.5
+"""Overlap from which two boxes of one class are one object."""
+
 _BLOCK = 512  # rows whose overlaps are held at once: suppression needs memory for its square, not for all rows'
 
 

@@ -20,8 +20,8 @@ METRIC = "mAP"
 REQUIRES = ("faster_coco_eval",)
 EXTRA = "detection"
 
-SAME, EXACT, NEAR = 0.5, 0.9, 0.05
-"""Overlap from which two boxes are one object; overlap and score difference at which a detection is found again."""
+EXACT, NEAR = 0.9, 0.05
+"""Overlap and score difference at which a detection is found again."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ class Task:
         """Rows of images that are shown otherwise: a box more or less, of another class, or moved to an overlap under
         a half."""
         rows = enumerate(zip(self.shown(before), self.shown(after)))
-        return np.array([n for n, (a, b) in rows if not len(a) == len(b) == len(boxes.pairs(a, b, SAME)[0])], int)
+        return np.array([n for n, (a, b) in rows if not len(a) == len(b) == len(boxes.pairs(a, b, boxes.SAME)[0])], int)
 
     def drift(self, before: np.ndarray, after: np.ndarray) -> BoxDrift:
         """How far the boxes that are shown moved, and apart from that how far their scores did."""
         shared, apart, n, both = [], [], 0, 0
         for a, b in zip(self.shown(before), self.shown(after)):
-            i, j, iou = boxes.pairs(a, b, SAME)
+            i, j, iou = boxes.pairs(a, b, boxes.SAME)
             shared.append(iou)
             apart.append(np.abs(a[i, 4] - b[j, 4]))
             n, both = n + len(a), both + len(a) + len(b)
